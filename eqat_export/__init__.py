@@ -1,0 +1,1 @@
+"""Conversion, verification and inspection of quantized checkpoints, and the eqat command."""

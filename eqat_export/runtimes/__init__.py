@@ -1,0 +1,1 @@
+"""The real readers of each format, used as proof."""

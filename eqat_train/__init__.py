@@ -1,0 +1,1 @@
+"""Training: Block-AP, then E2E-QP (EfficientQAT, arXiv 2407.11062)."""

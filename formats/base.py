@@ -1,0 +1,108 @@
+"""What a storage format is.
+
+A format maps one canonical layer to local tensor names and back. It owns the layout of those tensors, the
+configuration its readers expect, and the statement of what it can hold. It never touches files: reading and writing
+folders is ``checkpoint.py``'s work, and shifting bits is ``packing.py``'s.
+
+A subclass writes ``check``, ``encode``, ``decode``, ``quantization_config`` and ``parse_config``; the rest has
+defaults. ``encode`` must not be called for a scheme that ``check`` refuses.
+
+Exactness of ``decode(encode(layer))``:
+
+- ``EXACT``: codes, zeros and scales come back bit for bit.
+- ``EXACT_WEIGHTS``: another parametrisation of the same numbers; dequantized fp32 weights are equal bit for bit.
+- ``ROUNDED``: the weights differ by at most ``bound(layer)``, and the class says where that comes from.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .types import QuantizedLinear, QuantScheme
+
+__all__ = ["Exactness", "Format"]
+
+
+class Exactness(enum.Enum):
+    """How faithfully a format holds a layer."""
+
+    EXACT = "exact"
+    EXACT_WEIGHTS = "exact weights"
+    ROUNDED = "rounded"
+
+
+class Format(ABC):
+    """One storage layout of a quantized linear layer.
+
+    Class attributes:
+        id: the name users type.
+        title: one line for ``eqat formats``.
+        marker: local name of the tensor whose presence marks a quantized layer, e.g. ``"qweight"``.
+        local_names: every local tensor name a layer may have; anything else beside a layer is passed through.
+        readable: False for layouts that cannot be decoded to codes (dense weights).
+    """
+
+    id: ClassVar[str]
+    title: ClassVar[str]
+    marker: ClassVar[str]
+    local_names: ClassVar[tuple[str, ...]]
+    readable: ClassVar[bool] = True
+
+    @abstractmethod
+    def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
+        """Raises UnsupportedSchemeError, naming value, allowed and way out, if the layer cannot be held."""
+
+    @abstractmethod
+    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """Local tensor name -> tensor, contiguous, exactly as stored."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
+        """The canonical layer from local tensors.
+
+        ``scheme`` is what the configuration says; the returned layer's scheme is what the tensors really hold
+        (``sym`` and ``desc_act`` follow the values).
+
+        Raises:
+            CheckpointError: tensors that are missing, of a wrong shape or dtype, or contradict the scheme.
+        """
+
+    @abstractmethod
+    def quantization_config(self, scheme: QuantScheme, ignore: Collection[str] = ("lm_head",)) -> dict[str, Any]:
+        """The ``quantization_config`` object for ``config.json``; ``ignore`` names linears kept in full precision."""
+
+    @abstractmethod
+    def parse_config(self, config: Mapping[str, Any]) -> QuantScheme:
+        """The model-wide scheme from a quantization configuration.
+
+        Raises:
+            CheckpointError: a field is missing or holds a value the format does not know.
+        """
+
+    def sidecar_files(self, scheme: QuantScheme, ignore: Collection[str] = ("lm_head",)) -> dict[str, dict[str, Any]]:
+        """Further JSON files readers look for, file name -> object (e.g. ``quantize_config.json``)."""
+        return {}
+
+    def detect(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """True when a checkpoint with this quantization configuration and these tensor names is in this format."""
+        return False
+
+    def layer_scheme(
+        self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> QuantScheme:
+        """Scheme of one layer: ``name`` is its module path, ``shapes`` its local tensors' shapes."""
+        return self.parse_config(config)
+
+    def exactness(self, layer: QuantizedLinear) -> Exactness:
+        """How faithfully this layer, with its scheme and scale dtype, is held."""
+        return Exactness.EXACT
+
+    def bound(self, layer: QuantizedLinear) -> Tensor:
+        """Largest |stored weight - weight| for each weight, fp32, broadcastable to ``[out, in]``."""
+        return torch.zeros(1, 1)

@@ -1,0 +1,67 @@
+"""Every error eqat raises on purpose.
+
+    EqatError                      one line for the user; exit code 2
+    ├── InvalidLayerError          a QuantizedLinear whose tensors contradict each other (also a ValueError)
+    ├── UnsupportedSchemeError     a format cannot hold this bits / group_size / shape
+    ├── UnknownFormatError         no such format, or none recognised in a folder
+    ├── CheckpointError            a checkpoint folder that is missing, truncated or inconsistent
+    ├── OutputExistsError          the output is already there and --force was not given
+    ├── InputError                 a bad argument, option or data file
+    ├── MissingExtraError          an optional package is not installed
+    └── TrainingDivergedError      the loss became NaN or infinite
+
+A message states the value, what is allowed and the fix, in one line.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "EqatError",
+    "InputError",
+    "InvalidLayerError",
+    "MissingExtraError",
+    "OutputExistsError",
+    "TrainingDivergedError",
+    "UnknownFormatError",
+    "UnsupportedSchemeError",
+]
+
+
+class EqatError(Exception):
+    """Base of every error raised on purpose; its text is one line meant for the user."""
+
+
+class InvalidLayerError(EqatError, ValueError):
+    """Codes, zeros, scales, bias or g_idx out of range, or of the wrong shape or dtype."""
+
+
+class UnsupportedSchemeError(EqatError, ValueError):
+    """A format cannot hold the scheme or the shape; the text names what would work."""
+
+
+class UnknownFormatError(EqatError, ValueError):
+    """The format id is not registered, or no registered format recognises the checkpoint."""
+
+
+class CheckpointError(EqatError):
+    """A checkpoint folder that is missing something, truncated, or contradicts itself."""
+
+
+class OutputExistsError(EqatError):
+    """The output path exists; nothing was written."""
+
+
+class InputError(EqatError, ValueError):
+    """An argument, option, configuration or data file that cannot be used."""
+
+
+class MissingExtraError(EqatError, ImportError):
+    """An optional package is needed; the text gives the pip command that installs it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'eqat[{extra}]'")
+
+
+class TrainingDivergedError(EqatError):
+    """A non-finite loss; the text names the block, the step and the learning rates."""
