@@ -93,9 +93,7 @@ class Format(ABC):
         """True when a checkpoint with this quantization configuration and these tensor names is in this format."""
         return False
 
-    def layer_scheme(
-        self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]
-    ) -> QuantScheme:
+    def layer_scheme(self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantScheme:
         """Scheme of one layer: ``name`` is its module path, ``shapes`` its local tensors' shapes."""
         return self.parse_config(config)
 

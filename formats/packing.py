@@ -95,9 +95,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = -1, *, per_wo
     word_bits = _word_bits(bits, packed.dtype, per_word)
     words = packed_length(count, bits, packed.dtype, per_word)
     if packed.shape[axis] != words:
-        raise ValueError(
-            f"axis {axis} has {packed.shape[axis]} words; {count} values of {bits} bits take {words}"
-        )
+        raise ValueError(f"axis {axis} has {packed.shape[axis]} words; {count} values of {bits} bits take {words}")
     stream = packed.movedim(axis, -1).contiguous().view(torch.uint8)  # [..., bytes]
     period, period_bytes = _period(bits, word_bits, per_word)
     periods = math.ceil(stream.shape[-1] / period_bytes)
