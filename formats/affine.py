@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import QuantizedLinear, QuantScheme
+from .types import QuantizedLinear, QuantScheme, by_group
 
 __all__ = ["dequantize", "expand_groups", "minmax_parameters", "quantize", "round_to_nearest"]
 
@@ -47,19 +47,14 @@ def dequantize(layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Te
     Codes minus zeros are exact integers; both factors are cast to ``dtype`` and multiplied there, so
     ``dtype=torch.float32`` is the reference and ``torch.float16`` is what fp16 readers compute.
     """
-    if layer.g_idx is None:
-        difference, scales = _consecutive(layer)
-    else:
+    zeros, scales = layer.zeros.to(dtype), layer.scales.to(dtype)  # [out, groups]
+    weight = layer.codes.to(dtype)  # [out, in]; every integer up to 255 is exact in fp16 and bf16 as well
+    if layer.g_idx is not None:
         index = layer.group_index()
-        difference = layer.codes.to(torch.int16) - layer.zeros.to(torch.int16)[:, index]
-        scales = layer.scales[:, index]
-    return difference.to(dtype) * scales.to(dtype)
-
-
-def _consecutive(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
-    columns, size = layer.in_features, layer.scheme.group_size
-    zeros = expand_groups(layer.zeros.to(torch.int16), columns, size)
-    return layer.codes.to(torch.int16) - zeros, expand_groups(layer.scales, columns, size)
+        return weight.sub_(zeros[:, index]).mul_(scales[:, index])
+    for view, groups in by_group(weight, layer.scheme.width(layer.in_features)):
+        view.sub_(zeros[:, groups, None]).mul_(scales[:, groups, None])
+    return weight
 
 
 def minmax_parameters(

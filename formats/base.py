@@ -4,13 +4,14 @@ A format maps one canonical layer to local tensor names and back. It owns the la
 configuration its readers expect, and the statement of what it can hold. It never touches files: reading and writing
 folders is ``checkpoint.py``'s work, and shifting bits is ``packing.py``'s.
 
-A subclass writes ``check``, ``encode``, ``decode``, ``quantization_config`` and ``parse_config``; the rest has
-defaults. ``encode`` must not be called for a scheme that ``check`` refuses.
+A subclass writes ``check``, ``encode``, ``decode``, ``features``, ``quantization_config`` and ``parse_config``; the
+rest has defaults. ``encode`` refuses whatever ``check`` refuses.
 
 Exactness of ``decode(encode(layer))``:
 
 - ``EXACT``: codes, zeros and scales come back bit for bit.
-- ``EXACT_WEIGHTS``: another parametrisation of the same numbers; dequantized fp32 weights are equal bit for bit.
+- ``EXACT_WEIGHTS``: another parametrisation of the same numbers; dequantized fp32 weights are equal, bit for bit but
+  for the sign of a zero.
 - ``ROUNDED``: the weights differ by at most ``bound(layer)``, and the class says where that comes from.
 """
 
@@ -18,15 +19,19 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
 from .types import QuantizedLinear, QuantScheme
 
-__all__ = ["Exactness", "Format"]
+__all__ = ["NO_OVERRIDES", "Exactness", "Format"]
+
+NO_OVERRIDES: Mapping[str, QuantScheme] = MappingProxyType({})
 
 
 class Exactness(enum.Enum):
@@ -74,8 +79,27 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def quantization_config(self, scheme: QuantScheme, ignore: Collection[str] = ("lm_head",)) -> dict[str, Any]:
-        """The ``quantization_config`` object for ``config.json``; ``ignore`` names linears kept in full precision."""
+    def features(self, shapes: Mapping[str, tuple[int, ...]], scheme: QuantScheme) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a layer from its local tensors' shapes.
+
+        Raises:
+            CheckpointError: a needed tensor is missing or is not two-dimensional.
+        """
+
+    @abstractmethod
+    def quantization_config(
+        self,
+        scheme: QuantScheme,
+        ignore: Collection[str] = ("lm_head",),
+        overrides: Mapping[str, QuantScheme] = NO_OVERRIDES,
+    ) -> dict[str, Any]:
+        """The ``quantization_config`` object for ``config.json``.
+
+        Args:
+            scheme: the model-wide scheme.
+            ignore: module paths of linears kept in full precision.
+            overrides: module path -> scheme of each layer whose scheme is another one.
+        """
 
     @abstractmethod
     def parse_config(self, config: Mapping[str, Any]) -> QuantScheme:
@@ -85,17 +109,51 @@ class Format(ABC):
             CheckpointError: a field is missing or holds a value the format does not know.
         """
 
-    def sidecar_files(self, scheme: QuantScheme, ignore: Collection[str] = ("lm_head",)) -> dict[str, dict[str, Any]]:
+    def sidecar_files(
+        self,
+        scheme: QuantScheme,
+        ignore: Collection[str] = ("lm_head",),
+        overrides: Mapping[str, QuantScheme] = NO_OVERRIDES,
+    ) -> dict[str, dict[str, Any]]:
         """Further JSON files readers look for, file name -> object (e.g. ``quantize_config.json``)."""
         return {}
+
+    def model_dtype(self) -> torch.dtype | None:
+        """The dtype ``config.json`` has to name for readers to take the tensors as stored; None keeps the source's."""
+        return None
 
     def detect(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """True when a checkpoint with this quantization configuration and these tensor names is in this format."""
         return False
 
+    def infer_config(self, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Any]:
+        """The quantization configuration of a checkpoint that has none, from its layers' local shapes.
+
+        Raises:
+            CheckpointError: the format always has a configuration, or the shapes leave it open.
+        """
+        raise CheckpointError(f"no quantization configuration; {self.id} checkpoints need one")
+
+    def configured(self, config: Mapping[str, Any]) -> Format:
+        """This format as the producer named in ``config`` writes it."""
+        return self
+
     def layer_scheme(self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantScheme:
         """Scheme of one layer: ``name`` is its module path, ``shapes`` its local tensors' shapes."""
         return self.parse_config(config)
+
+    def packed_layout(self, scheme: QuantScheme, out_features: int, in_features: int) -> Hashable | None:
+        """What decides the bytes of this layer's packed integers; None when they must not be taken over as they are."""
+        return None
+
+    def shares_packing_with(self, other: Format, scheme: QuantScheme, out_features: int, in_features: int) -> bool:
+        """True when packed integers of a layer in ``other`` are this format's, byte for byte."""
+        layout = self.packed_layout(scheme, out_features, in_features)
+        return layout is not None and layout == other.packed_layout(scheme, out_features, in_features)
+
+    def adopt(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
+        """Like ``encode``, from local tensors of a format this one shares its packing with; integers stay untouched."""
+        raise NotImplementedError(f"{self.id} declares a packed_layout but not adopt")
 
     def exactness(self, layer: QuantizedLinear) -> Exactness:
         """How faithfully this layer, with its scheme and scale dtype, is held."""

@@ -72,8 +72,8 @@ def pack_bits(
         stream[..., byte] |= source[..., i] << shift
         if shift + bits > 8:
             stream[..., byte + 1] |= source[..., i] >> (8 - shift)
-    stream = stream.flatten(-2)[..., : words * word_bits // 8].contiguous()
-    return stream.view(container).movedim(-1, axis).contiguous()
+    stream = stream.flatten(-2)[..., : words * word_bits // 8]
+    return _view_as(stream, container).movedim(-1, axis).contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = -1, *, per_word: int | None = None) -> Tensor:
@@ -96,7 +96,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = -1, *, per_wo
     words = packed_length(count, bits, packed.dtype, per_word)
     if packed.shape[axis] != words:
         raise ValueError(f"axis {axis} has {packed.shape[axis]} words; {count} values of {bits} bits take {words}")
-    stream = packed.movedim(axis, -1).contiguous().view(torch.uint8)  # [..., bytes]
+    stream = _view_as(packed.movedim(axis, -1), torch.uint8)  # [..., bytes]
     period, period_bytes = _period(bits, word_bits, per_word)
     periods = math.ceil(stream.shape[-1] / period_bytes)
     missing = periods * period_bytes - stream.shape[-1]
@@ -111,6 +111,13 @@ def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = -1, *, per_wo
             value = value | (source[..., byte + 1] << (8 - shift))
         values[..., i] = value & (2**bits - 1)
     return values.flatten(-2)[..., :count].movedim(-1, axis).contiguous()
+
+
+def _view_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of the last axis as another integer dtype."""
+    # Through one axis: contiguous() keeps odd strides on axes of length 1, which a view of another dtype refuses.
+    flat = tensor.contiguous().reshape(-1).view(dtype)
+    return flat.view(*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize // dtype.itemsize)
 
 
 def _period(bits: int, word_bits: int, per_word: int | None) -> tuple[int, int]:

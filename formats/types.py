@@ -8,6 +8,7 @@ two formats never re-quantizes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .errors import InvalidLayerError
 
-__all__ = ["QuantScheme", "QuantizedLinear"]
+__all__ = ["QuantScheme", "QuantizedLinear", "by_group"]
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BITS = 8
@@ -140,20 +141,41 @@ class QuantizedLinear:
         return torch.arange(self.in_features, device=self.codes.device) // self.scheme.width(self.in_features)
 
     def complement(self, where: Tensor) -> QuantizedLinear:
-        """The same weights, bit for bit, from ``(maxq - q, -s, maxq - z)`` in the chosen groups.
+        """The same weights from ``(maxq - q, -s, maxq - z)`` in the chosen groups.
+
+        Negation is exact, so dequantized weights are equal; where ``q == z`` a zero changes its sign.
 
         Args:
             where: bool ``[out_features, groups]``, True where a group is to be complemented.
         """
         maxq = self.scheme.maxq
-        columns = where[:, self.group_index()]  # [out, in] bool
+        flips = where.to(torch.uint8) * maxq  # maxq - q is q with every bit flipped
+        codes = self.codes.clone()
+        if self.g_idx is not None:
+            codes ^= flips[:, self.group_index()]
+        else:
+            for view, groups in by_group(codes, self.scheme.width(self.in_features)):
+                view.bitwise_xor_(flips[:, groups, None])
         return replace(
             self,
-            codes=torch.where(columns, maxq - self.codes, self.codes),
+            codes=codes,
             scales=torch.where(where, -self.scales, self.scales),
             zeros=torch.where(where, maxq - self.zeros, self.zeros),
             scheme=replace(self.scheme, sym=self.scheme.sym and not bool(where.any())),
         )
+
+
+def by_group(values: Tensor, width: int) -> Iterator[tuple[Tensor, slice]]:
+    """Views of ``[out, in]`` values as ``[out, groups, width]``: the full groups, then a short last one.
+
+    Yields:
+        a view and the groups it covers.
+    """
+    full = values.shape[1] // width
+    if full:
+        yield values[:, : full * width].unflatten(1, (full, width)), slice(0, full)
+    if values.shape[1] > full * width:
+        yield values[:, full * width :].unflatten(1, (1, -1)), slice(full, full + 1)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:

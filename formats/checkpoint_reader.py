@@ -1,0 +1,149 @@
+"""Reading a checkpoint folder: everything is checked on opening, tensors are read one at a time.
+
+Headers are parsed here, so that a damaged file is named before any work starts; the data comes through
+``safetensors.safe_open``. Each ``get`` maps the file anew, and the mapping goes with the tensor: resident memory is
+that of the tensors alive, whatever the size of a shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError
+from .safetensors_header import TensorInfo, read_header
+
+__all__ = ["INDEX_NAME", "QUANTIZATION_FILES", "SINGLE_NAME", "CheckpointReader", "read_json"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# gptqmodel's order (gptqmodel/quantization/config.py, QUANT_CONFIG_FILENAME_COMPAT); config.json comes last.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class CheckpointReader:
+    """A folder with ``config.json`` and safetensors weights; a context manager.
+
+    Attributes:
+        folder: the folder.
+        config: ``config.json``.
+        quantization_config: the first of ``quantize_config.json``, ``quant_config.json`` and
+            ``config.json["quantization_config"]``; empty if there is none.
+        tensors: read-only name -> TensorInfo, in file order.
+
+    Raises:
+        CheckpointError: on opening, when a file is missing, truncated or malformed, or the index names a tensor
+            that its shard lacks.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            what = "is a file" if self.folder.exists() else "does not exist"
+            raise CheckpointError(f"checkpoint folder {self.folder} {what}; give a folder with config.json and weights")
+        self.config = read_json(self.folder / "config.json")
+        self.quantization_config = self._find_quantization_config()
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(self._read_headers())
+        self._closed = False
+
+    def get(self, name: str) -> Tensor:
+        """One tensor on the CPU.
+
+        Raises:
+            CheckpointError: there is no such tensor, the file changed since opening, or the reader is closed.
+        """
+        if self._closed:
+            raise CheckpointError(f"checkpoint {self.folder} is closed; read its tensors inside the with block")
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}; it has {len(self.tensors)} others")
+        path = self.folder / self.tensors[name].shard
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as exc:
+            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {exc}") from exc
+
+    def close(self) -> None:
+        """Makes further reads an error; tensors already read stay valid."""
+        self._closed = True
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _find_quantization_config(self) -> dict[str, Any]:
+        for name in QUANTIZATION_FILES:
+            path = self.folder / name
+            if path.exists():
+                return read_json(path)
+        inside = self.config.get("quantization_config") or {}
+        if not isinstance(inside, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'}: quantization_config is not an object")
+        return inside
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        index = self.folder / INDEX_NAME
+        if index.exists():
+            return self._read_sharded(index)
+        return read_header(self._single_file())
+
+    def _read_sharded(self, index: Path) -> dict[str, TensorInfo]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{index}: no weight_map from tensor names to file names")
+        headers = {}
+        for shard in dict.fromkeys(weight_map.values()):
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index}: shard {shard!r} lies outside the folder; only plain file names")
+            if not (self.folder / shard).exists():
+                raise CheckpointError(f"{self.folder / shard} is missing but {INDEX_NAME} names it; fetch it again")
+            headers[shard] = read_header(self.folder / shard)
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise CheckpointError(f"{index}: tensor {name!r} is not in {shard}; index and shards do not belong")
+        return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+    def _single_file(self) -> Path:
+        usual = self.folder / SINGLE_NAME
+        if usual.exists():
+            return usual
+        files = sorted(self.folder.glob("*.safetensors"))  # AutoGPTQ wrote gptq_model-4bit-128g.safetensors
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise CheckpointError(
+                f"{self.folder} has {len(files)} safetensors files and no {INDEX_NAME}; add the index or keep one file"
+            )
+        if any(next(self.folder.glob(pattern), None) for pattern in _PICKLED):
+            raise CheckpointError(
+                f"{self.folder} has only pickled weights, which are never loaded; convert them to safetensors first"
+            )
+        raise CheckpointError(f"{self.folder} has no safetensors weights; expected {SINGLE_NAME} or {INDEX_NAME}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value

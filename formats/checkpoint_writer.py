@@ -1,0 +1,276 @@
+"""Writing a checkpoint folder: streamed tensor by tensor, published at once or not at all.
+
+Everything goes to a hidden sibling of the output, which is renamed over on a clean exit and removed on any exception.
+A shard's header is written last, into room reserved at its start; small shards are then rewritten without the slack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .checkpoint_reader import INDEX_NAME, QUANTIZATION_FILES, SINGLE_NAME
+from .errors import CheckpointError, InputError, OutputExistsError
+from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES, build_header
+
+__all__ = ["CheckpointWriter"]
+
+HEADER_BYTES = 256 * 1024  # room for about 2000 tensors a shard
+MAX_SLACK = 0.01  # share of a shard that reserved header space may waste
+_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Files a loader may want: tokenizers, generation and processor settings, custom code, licences.
+_COMPANION_SUFFIXES = {".json", ".jinja", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt"}
+_COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_COMPANION_FOLDERS = ("additional_chat_templates",)
+_NEVER_COPIED = {"config.json", *QUANTIZATION_FILES}
+
+
+class CheckpointWriter:
+    """Streams tensors into a new checkpoint folder; a context manager.
+
+    Attributes:
+        folder: where the checkpoint appears on a clean exit.
+        working_folder: the hidden folder that becomes it, from ``__enter__`` on; further files may be written there.
+
+    Args:
+        folder: output path.
+        shard_size: bytes of tensor data after which a new shard begins; a larger tensor gets a shard of its own.
+        force: replace an existing checkpoint, only once the new one is complete.
+
+    Raises:
+        OutputExistsError: on construction, when ``folder`` exists and ``force`` is not given, or holds no checkpoint.
+        CheckpointError: the disk is full, or the folder cannot be written; nothing is left behind.
+    """
+
+    def __init__(self, folder: Path | str, *, shard_size: int = 5 * 2**30, force: bool = False) -> None:
+        if shard_size <= 0:
+            raise InputError(f"shard_size is {shard_size}; it is a positive number of bytes")
+        self.folder = Path(os.path.abspath(folder))
+        self._shard_size = shard_size
+        self._force = force
+        self._check_output()
+        self.working_folder = self.folder.parent / f".{self.folder.name}.partial-{secrets.token_hex(4)}"
+        self._new_parents: list[Path] = []
+        self._shard: _Shard | None = None
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._names: set[str] = set()
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Appends one tensor to the current shard, on disk before this returns.
+
+        Raises:
+            CheckpointError: the name was added before, the dtype has no safetensors name, or the disk is full.
+        """
+        if name in self._names:
+            raise CheckpointError(f"tensor {name!r} is added twice to {self.folder}")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, which safetensors does not hold")
+        data = tensor.detach().cpu().contiguous()
+        with _writing(self.folder):
+            if self._shard is not None and not self._shard.takes(name, data, self._shard_size):
+                self._finish_shard()
+            if self._shard is None:
+                self._shard = _Shard(self.working_folder / f"{len(self._shards)}.shard")
+            self._shard.append(name, data)
+        self._names.add(name)
+        self._total_bytes += data.nbytes
+
+    def write_json(self, filename: str, value: Any) -> None:
+        """Writes a JSON file beside the weights, replacing one of the same name."""
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        with _writing(self.folder):
+            (self.working_folder / filename).write_text(text, encoding="utf-8")
+
+    def copy_companions(self, source_folder: Path | str, exclude: Collection[str] = ()) -> None:
+        """Copies what a loader wants besides weights: tokenizer, generation config, templates, custom code, licence.
+
+        Never copied: weights, their index, ``config.json``, quantization configs, pickles, hidden files, names in
+        ``exclude``, and names already written here.
+        """
+        skipped = {*_NEVER_COPIED, *exclude}
+        with _writing(self.folder):
+            for path in sorted(Path(source_folder).iterdir()):
+                target = self.working_folder / path.name
+                if path.name in skipped or target.exists():
+                    continue
+                if path.is_dir():
+                    if path.name in _COMPANION_FOLDERS:
+                        shutil.copytree(path, target, copy_function=shutil.copyfile)
+                elif _is_companion(path.name):
+                    shutil.copyfile(path, target)
+
+    def __enter__(self) -> CheckpointWriter:
+        self._new_parents = [parent for parent in self.folder.parents if not parent.exists()]
+        with _writing(self.folder):
+            self.working_folder.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with _writing(self.folder):
+                    self._publish()
+        finally:
+            if self._shard is not None:
+                self._shard.close()
+            shutil.rmtree(self.working_folder, ignore_errors=True)
+            if not self.folder.exists():
+                for parent in self._new_parents:
+                    with contextlib.suppress(OSError):  # someone else may have put something there
+                        parent.rmdir()
+
+    def _check_output(self) -> None:
+        if not os.path.lexists(self.folder):
+            return
+        if not self._force:
+            raise OutputExistsError(f"output {self.folder} exists; choose another --out or give --force to replace it")
+        replaceable = self.folder.is_dir() and (
+            (self.folder / "config.json").exists() or not any(self.folder.iterdir())
+        )
+        if not replaceable:
+            raise OutputExistsError(
+                f"output {self.folder} exists and is not a checkpoint folder; --force replaces only checkpoints"
+            )
+
+    def _finish_shard(self) -> None:
+        if self._shard is None:
+            return
+        self._shard.finish()
+        self._shards.append((self._shard.path, list(self._shard.entries)))
+        self._shard = None
+
+    def _publish(self) -> None:
+        self._finish_shard()
+        count = len(self._shards)
+        weight_map = {}
+        for i, (path, names) in enumerate(self._shards):
+            file_name = SINGLE_NAME if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            path.rename(self.working_folder / file_name)
+            weight_map.update(dict.fromkeys(names, file_name))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            self.write_json(INDEX_NAME, index)
+        for path in self.working_folder.iterdir():
+            if path.is_file():
+                _sync(path)
+        _sync(self.working_folder)
+        self._replace()
+        _sync(self.folder.parent)
+
+    def _replace(self) -> None:
+        self._check_output()  # it may have appeared while this checkpoint was being written
+        if not os.path.lexists(self.folder):
+            self.working_folder.rename(self.folder)
+            return
+        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.replaced-", dir=self.folder.parent) as attic:
+            previous = Path(attic) / self.folder.name
+            self.folder.rename(previous)
+            try:
+                self.working_folder.rename(self.folder)
+            except BaseException:
+                previous.rename(self.folder)
+                raise
+
+
+class _Shard:
+    """One safetensors file being written: reserved header space, then tensors without holes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._bytes = 0
+        self._header_bytes = LENGTH_BYTES + len("{}") + 64  # the text so far; 64 covers __metadata__
+        self._file: BinaryIO = path.open("wb")
+        self._file.seek(HEADER_BYTES)
+
+    def takes(self, name: str, data: Tensor, limit: int) -> bool:
+        """Whether this tensor can follow: aligned to its dtype, within the size limit and the header's room."""
+        return (
+            self._bytes % data.itemsize == 0
+            and self._bytes + data.nbytes <= limit
+            and self._header_bytes + _entry_bytes(name, data) <= HEADER_BYTES
+        )
+
+    def append(self, name: str, data: Tensor) -> None:
+        flat = data.reshape(-1)
+        if flat.numel():  # a view of another dtype needs at least one element
+            self._file.write(flat.view(torch.uint8).numpy().data)
+        end = self._bytes + data.nbytes
+        self.entries[name] = {
+            "dtype": DTYPE_NAMES[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [self._bytes, end],
+        }
+        self._bytes = end
+        self._header_bytes += _entry_bytes(name, data)
+
+    def finish(self) -> None:
+        slack = HEADER_BYTES - self._header_bytes
+        if slack > MAX_SLACK * self._bytes:
+            self._write_compact()
+        else:
+            self._file.seek(0)
+            self._file.write(build_header(self.entries, HEADER_BYTES))
+            self._file.close()
+
+    def close(self) -> None:
+        # A full disk fails again when buffered bytes are flushed; the file is about to be removed anyway.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write_compact(self) -> None:
+        self._file.close()
+        compact = self.path.with_suffix(".compact")
+        with self.path.open("rb") as source, compact.open("wb") as target:
+            target.write(build_header(self.entries))
+            source.seek(HEADER_BYTES)
+            shutil.copyfileobj(source, target, 2**20)
+        compact.replace(self.path)
+
+
+def _entry_bytes(name: str, data: Tensor) -> int:
+    # Keys and punctuation take under 60 bytes, the two offsets under 20 each.
+    return len(json.dumps(name)) + 100 + len(str(list(data.shape)))
+
+
+def _is_companion(name: str) -> bool:
+    if name.startswith(".") or name.endswith(".index.json"):
+        return False
+    return Path(name).suffix in _COMPANION_SUFFIXES or name.upper().startswith(_COMPANION_NAMES)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns the operating system's refusals into one line that names the output."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _LIMITS:
+            raise CheckpointError(
+                f"no space left while writing {folder}; free some disk or choose another --out"
+            ) from exc
+        raise CheckpointError(f"cannot write {folder}: {exc.strerror or exc}") from exc
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

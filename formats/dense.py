@@ -1,0 +1,99 @@
+"""Ordinary dequantized weights: any loader takes them, no codes can be read back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .affine import dequantize
+from .base import NO_OVERRIDES, Exactness, Format
+from .errors import CheckpointError, InputError, UnsupportedSchemeError
+from .types import QuantizedLinear, QuantScheme
+
+__all__ = ["DenseFormat"]
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+class DenseFormat(Format):
+    """``weight = (q - z) * s`` computed in fp32 and rounded once to ``dtype``.
+
+    Args:
+        dtype: float16, bfloat16 or float32, as a torch dtype or its name.
+    """
+
+    id: ClassVar[str] = "dense"
+    title: ClassVar[str] = "ordinary dequantized weights, for anything that loads the full-precision model"
+    marker: ClassVar[str] = "weight"
+    local_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    readable: ClassVar[bool] = False
+
+    def __init__(self, dtype: torch.dtype | str = torch.float16) -> None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in _DTYPES:
+            raise InputError(f"dense dtype is {name!r}; allowed are {', '.join(_DTYPES)}")
+        self.dtype = _DTYPES[name]
+
+    def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
+        """Every scheme and shape is held."""
+
+    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """weight ``[out, in]`` and bias.
+
+        Raises:
+            UnsupportedSchemeError: a weight is beyond the dtype's largest number.
+        """
+        weight = dequantize(layer).to(self.dtype)
+        if not torch.isfinite(weight).all():
+            name = str(self.dtype).removeprefix("torch.")
+            raise UnsupportedSchemeError(f"a dequantized weight overflows {name}; use bfloat16 or float32")
+        return {"weight": weight} | ({} if layer.bias is None else {"bias": layer.bias.to(self.dtype)})
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
+        """Never possible."""
+        raise CheckpointError("dense weights hold no codes; quantize them with eqat train")
+
+    def features(self, shapes: Mapping[str, tuple[int, ...]], scheme: QuantScheme) -> tuple[int, int]:
+        """The weight's shape."""
+        match shapes.get("weight"):
+            case (out_features, in_features):
+                return out_features, in_features
+        raise CheckpointError("no two-dimensional weight")
+
+    def quantization_config(
+        self,
+        scheme: QuantScheme,
+        ignore: Collection[str] = ("lm_head",),
+        overrides: Mapping[str, QuantScheme] = NO_OVERRIDES,
+    ) -> dict[str, Any]:
+        """Empty: the checkpoint is not quantized."""
+        return {}
+
+    def parse_config(self, config: Mapping[str, Any]) -> QuantScheme:
+        """Never possible."""
+        raise CheckpointError("dense weights have no quantization scheme")
+
+    def model_dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.dtype
+
+    def exactness(self, layer: QuantizedLinear) -> Exactness:
+        """EXACT_WEIGHTS when no weight is rounded."""
+        weight = dequantize(layer)
+        exact = torch.equal(weight.to(self.dtype).float(), weight)
+        return Exactness.EXACT_WEIGHTS if exact else Exactness.ROUNDED
+
+    def bound(self, layer: QuantizedLinear) -> Tensor:
+        """Half a unit in the last place of ``dtype`` (round to nearest, IEEE 754); ``[out, in]``."""
+        limits = torch.finfo(self.dtype)
+        weight = dequantize(layer)
+        exponent = torch.frexp(weight).exponent  # weight = m * 2 ** exponent, 0.5 <= |m| < 1
+        half_ulp = torch.ldexp(torch.full_like(weight, limits.eps / 4), exponent)
+        return half_ulp.clamp(min=limits.smallest_normal * limits.eps / 2)

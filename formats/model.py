@@ -1,0 +1,264 @@
+"""A whole checkpoint: which layers are quantized and how, and the full-precision state dict behind them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .affine import dequantize
+from .base import NO_OVERRIDES, Format
+from .checkpoint import CheckpointReader, CheckpointWriter
+from .errors import CheckpointError, UnknownFormatError, UnsupportedSchemeError
+from .registry import available_formats, get_format
+from .types import QuantizedLinear, QuantScheme
+
+__all__ = ["Checkpoint", "convert_layer", "open_checkpoint", "write_layer", "write_model_config"]
+
+_PACKED_SUFFIXES = (".qweight", ".weight_packed", ".qzeros")
+
+
+def open_checkpoint(folder: Path | str, format_id: str | None = None) -> Checkpoint:
+    """Opens a checkpoint folder in any known format, or in full precision.
+
+    Args:
+        folder: local folder.
+        format_id: read it as this format whatever its configuration says; by default it is detected.
+
+    Raises:
+        CheckpointError: the folder is damaged or contradicts itself.
+        UnknownFormatError: it is quantized in a way no known format recognises, or ``format_id`` is unknown.
+    """
+    reader = CheckpointReader(folder)
+    fmt = _detect(reader) if format_id is None else get_format(format_id)
+    return Checkpoint(reader, fmt if fmt is not None and fmt.readable else None)
+
+
+class Checkpoint:
+    """A checkpoint folder seen as a model; a context manager.
+
+    Attributes:
+        reader: the folder underneath.
+        format: the format of its quantized layers, None in full precision.
+        config: its quantization configuration, inferred from shapes where the folder has none.
+        layer_names: module paths of quantized linears, in file order.
+        passthrough_names: full names of all other tensors, in file order.
+    """
+
+    def __init__(self, reader: CheckpointReader, fmt: Format | None) -> None:
+        self.reader = reader
+        self.layer_names: tuple[str, ...] = ()
+        self._owned: dict[str, str] = {}
+        self.config: dict[str, Any] = {}
+        self.format: Format | None = None
+        if fmt is not None:
+            suffix = f".{fmt.marker}"
+            self.layer_names = tuple(name.removesuffix(suffix) for name in reader.tensors if name.endswith(suffix))
+            locals_ = ((layer, f"{layer}.{local}") for layer in self.layer_names for local in fmt.local_names)
+            self._owned = {full: layer for layer, full in locals_ if full in reader.tensors}
+            if not self.layer_names:
+                raise CheckpointError(f"{reader.folder} has no {fmt.id} layer: no tensor is named *{suffix}")
+            self.config = reader.quantization_config or self._infer(fmt)
+            self.format = fmt.configured(self.config)
+        self.passthrough_names = tuple(name for name in reader.tensors if name not in self._owned)
+
+    @cached_property
+    def scheme(self) -> QuantScheme | None:
+        """The model-wide scheme; None in full precision."""
+        return None if self.format is None else self.format.parse_config(self.config)
+
+    @cached_property
+    def overrides(self) -> dict[str, QuantScheme]:
+        """Layers whose scheme is not the model-wide one."""
+        schemes = {name: self.layer_scheme(name) for name in self.layer_names}
+        return {name: scheme for name, scheme in schemes.items() if scheme != self.scheme}
+
+    @cached_property
+    def ignore(self) -> tuple[str, ...]:
+        """Modules beside quantized layers whose matrix is not quantized, and lm_head unless it is.
+
+        Beside means in the same list of blocks: readers quantize nothing outside of it.
+        """
+        lists = {_block_list(name) for name in self.layer_names} - {None}
+        matrices = (
+            name.removesuffix(".weight")
+            for name in self.passthrough_names
+            if name.endswith(".weight") and len(self.reader.tensors[name].shape) == 2 and _block_list(name) in lists
+        )
+        head = () if "lm_head" in self.layer_names else ("lm_head",)
+        return (*head, *matrices)
+
+    def layer_scheme(self, name: str) -> QuantScheme:
+        """Scheme of one layer, as configured."""
+        return self._format_of(name).layer_scheme(self.config, name, self.layer_shapes(name))
+
+    def shares_packing_with(self, fmt: Format, name: str) -> bool:
+        """True when a layer's packed integers are the same bytes in ``fmt``."""
+        origin, scheme = self._format_of(name), self.layer_scheme(name)
+        return fmt.shares_packing_with(origin, scheme, *self.layer_features(name))
+
+    def layer_features(self, name: str) -> tuple[int, int]:
+        """``(out_features, in_features)`` of one layer, from metadata."""
+        return self._format_of(name).features(self.layer_shapes(name), self.layer_scheme(name))
+
+    def layer_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's local tensors."""
+        locals_ = self._format_of(name).local_names
+        found = {local: self.reader.tensors.get(f"{name}.{local}") for local in locals_}
+        return {local: info.shape for local, info in found.items() if info is not None}
+
+    def layer_tensors(self, name: str) -> dict[str, Tensor]:
+        """A layer's local tensors as stored."""
+        return {local: self.reader.get(f"{name}.{local}") for local in self.layer_shapes(name)}
+
+    def layer(self, name: str) -> QuantizedLinear:
+        """One layer, decoded.
+
+        Raises:
+            CheckpointError: its tensors are missing or contradict the scheme; the text names the layer.
+        """
+        fmt = self._format_of(name)
+        try:
+            return fmt.decode(self.layer_tensors(name), self.layer_scheme(name))
+        except CheckpointError as exc:
+            raise CheckpointError(f"layer {name} of {self.reader.folder}: {exc}") from exc
+
+    def get(self, name: str) -> Tensor:
+        """One tensor as stored, by its full name."""
+        return self.reader.get(name)
+
+    def dense_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the full-precision state dict, one at a time.
+
+        Args:
+            dtype: dtype of floating tensors; by default stored tensors keep theirs and dequantized weights are fp32.
+        """
+        suffix = None if self.format is None else f".{self.format.marker}"
+        for name in self.reader.tensors:
+            if name not in self._owned:
+                yield name, _cast(self.reader.get(name), dtype)
+            elif suffix is not None and name.endswith(suffix):
+                layer = self.layer(self._owned[name])
+                yield f"{self._owned[name]}.weight", _cast(dequantize(layer), dtype)
+                if layer.bias is not None:
+                    yield f"{self._owned[name]}.bias", _cast(layer.bias, dtype)
+
+    def __enter__(self) -> Checkpoint:
+        self.reader.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reader.__exit__(kind, error, trace)
+
+    def _infer(self, fmt: Format) -> dict[str, Any]:
+        self.format = fmt
+        try:
+            return fmt.infer_config({name: self.layer_shapes(name) for name in self.layer_names})
+        except CheckpointError as exc:
+            raise CheckpointError(f"{self.reader.folder}: {exc}") from exc
+
+    def _format_of(self, name: str) -> Format:
+        if self.format is None:
+            raise CheckpointError(f"{self.reader.folder} is in full precision; it has no quantized layer {name!r}")
+        return self.format
+
+
+def write_layer(writer: CheckpointWriter, fmt: Format, name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+    """Encodes one layer, writes its tensors, and returns them by local name.
+
+    Raises:
+        UnsupportedSchemeError: the format cannot hold it; the text names the layer.
+    """
+    try:
+        tensors = fmt.encode(layer)
+    except UnsupportedSchemeError as exc:
+        raise UnsupportedSchemeError(f"layer {name}: {exc}") from exc
+    _write(writer, name, tensors)
+    return tensors
+
+
+def convert_layer(writer: CheckpointWriter, fmt: Format, source: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Writes one layer of a checkpoint in another format, its packed integers untouched where both pack alike.
+
+    Returns:
+        What was written, by local name.
+
+    Raises:
+        UnsupportedSchemeError: the format cannot hold it; the text names the layer.
+    """
+    if not source.shares_packing_with(fmt, name):
+        return write_layer(writer, fmt, name, source.layer(name))
+    try:
+        tensors = fmt.adopt(source.layer_tensors(name), source.layer_scheme(name))
+    except (UnsupportedSchemeError, CheckpointError) as exc:
+        raise type(exc)(f"layer {name}: {exc}") from exc
+    _write(writer, name, tensors)
+    return tensors
+
+
+def write_model_config(
+    writer: CheckpointWriter,
+    source_config: Mapping[str, Any],
+    fmt: Format,
+    scheme: QuantScheme,
+    ignore: Collection[str] = ("lm_head",),
+    *,
+    overrides: Mapping[str, QuantScheme] = NO_OVERRIDES,
+) -> None:
+    """Writes ``config.json`` and the format's sidecar files.
+
+    Every field of ``source_config`` is kept but quantization_config, and the dtype where the format has to name one.
+    """
+    config = {key: value for key, value in source_config.items() if key != "quantization_config"}
+    dtype = fmt.model_dtype()
+    if dtype is not None:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config.update(dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
+    quantization = fmt.quantization_config(scheme, ignore, overrides)
+    if quantization:
+        config["quantization_config"] = quantization
+    writer.write_json("config.json", config)
+    for filename, value in fmt.sidecar_files(scheme, ignore, overrides).items():
+        writer.write_json(filename, value)
+
+
+def _write(writer: CheckpointWriter, name: str, tensors: Mapping[str, Tensor]) -> None:
+    for local, tensor in tensors.items():
+        writer.add(f"{name}.{local}", tensor)
+
+
+def _block_list(name: str) -> str | None:
+    """``model.layers`` of ``model.layers.0.mlp.gate``; None outside numbered blocks."""
+    found = re.match(r"(.+?)\.\d+\.", name)
+    return found.group(1) if found else None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _detect(reader: CheckpointReader) -> Format | None:
+    config = reader.quantization_config
+    for format_id in available_formats():
+        fmt = get_format(format_id)
+        if fmt.detect(config, reader.tensors):
+            return fmt
+    packed = next((name for name in reader.tensors if name.endswith(_PACKED_SUFFIXES)), None)
+    if not config and packed is None:
+        return None
+    keys = ("quant_method", "checkpoint_format", "format")
+    told = (
+        ", ".join(f"{key} {config[key]!r}" for key in keys if key in config) or f"tensor {packed!r}, no configuration"
+    )
+    raise UnknownFormatError(
+        f"{reader.folder}: no known format reads {told}; known are {', '.join(available_formats())}; "
+        "if it is one of them, name it"
+    )

@@ -1,0 +1,31 @@
+"""What every test runs under: few threads, no network, caches in a temporary folder."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["EQAT_CACHE"] = tempfile.mkdtemp(prefix="eqat-test-cache-")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def shared_root() -> Path:
+    """Folder of reference models and golden files outside the repository: EQAT_SHARED, by default ``../shared``."""
+    folder = Path(os.environ.get("EQAT_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("needs the shared reference files: set EQAT_SHARED to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_root(shared_root: Path) -> Path:
+    """Checkpoints written by upstream's own code, with its dequantized weights, token ids and logits."""
+    return shared_root / "golden" / "upstream"

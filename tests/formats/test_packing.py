@@ -1,0 +1,101 @@
+"""Packing against Python's big integers: a stream is one long number, low bits first."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from formats import pack_bits, unpack_bits
+from formats.packing import packed_length
+
+CONTAINERS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
+
+
+def words_of_integer(number: int, words: int, word_bits: int, *, signed: bool) -> list[int]:
+    found = [(number >> (word_bits * i)) & (2**word_bits - 1) for i in range(words)]
+    return [word - 2**word_bits if signed and word >> (word_bits - 1) else word for word in found]
+
+
+def packed_by_integers(values: list[int], bits: int, container: torch.dtype, per_word: int | None) -> list[int]:
+    word_bits = CONTAINERS[container]
+    signed = container is not torch.uint8
+    if per_word is None:
+        number = sum(value << (bits * i) for i, value in enumerate(values))
+        return words_of_integer(number, -(-len(values) * bits // word_bits), word_bits, signed=signed)
+    runs = [values[i : i + per_word] for i in range(0, len(values), per_word)]
+    numbers = (sum(value << (bits * i) for i, value in enumerate(run)) for run in runs)
+    return [words_of_integer(number, 1, word_bits, signed=signed)[0] for number in numbers]
+
+
+def packed_line_by_line(values: Tensor, bits: int, axis: int, container: torch.dtype, per_word: int | None) -> Tensor:
+    lines = values.movedim(axis, -1)
+    flat = [packed_by_integers(line.tolist(), bits, container, per_word) for line in lines.reshape(-1, lines.shape[-1])]
+    return torch.tensor(flat, dtype=container).view(*lines.shape[:-1], -1).movedim(-1, axis)
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> tuple[Tensor, int, int, torch.dtype, int | None]:
+    bits = draw(st.integers(1, 8))
+    container = draw(st.sampled_from(list(CONTAINERS)))
+    per_word = draw(st.none() | st.integers(1, CONTAINERS[container] // bits))
+    shape = draw(st.lists(st.integers(1, 5), min_size=0, max_size=2))
+    axis = draw(st.integers(0, len(shape)))
+    shape.insert(axis, draw(st.integers(1, 77)))
+    fill = draw(st.sampled_from(["random", "zeros", "ones"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    values = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+    if fill != "random":
+        values.fill_(0 if fill == "zeros" else 2**bits - 1)
+    return values, bits, draw(st.sampled_from([axis, axis - len(shape)])), container, per_word
+
+
+@settings(max_examples=300, deadline=None)
+@given(packings())
+def test_packs_like_one_big_integer_and_comes_back(case: tuple[Tensor, int, int, torch.dtype, int | None]) -> None:
+    values, bits, axis, container, per_word = case
+    packed = pack_bits(values, bits, axis, container=container, per_word=per_word)
+    assert packed.dtype is container
+    assert torch.equal(packed, packed_line_by_line(values, bits, axis, container, per_word))
+    assert packed.shape[axis] == packed_length(values.shape[axis], bits, container, per_word)
+    assert torch.equal(unpack_bits(packed, bits, values.shape[axis], axis, per_word=per_word), values)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_garbage_in_unused_bits_is_not_read(bits: int) -> None:
+    per_word = 32 // bits
+    values = torch.randint(0, 2**bits, (3, per_word + 1), dtype=torch.uint8)
+    packed = pack_bits(values, bits, per_word=per_word)
+    packed[:, -1] |= -(2**bits)  # everything above the one value of the last word
+    assert torch.equal(unpack_bits(packed, bits, per_word + 1, per_word=per_word), values)
+
+
+def test_inputs_are_not_changed_and_may_be_views() -> None:
+    values = torch.randint(0, 8, (20, 64), dtype=torch.uint8)
+    before = values.clone()
+    packed = pack_bits(values[::2, 1::3].T, 3, axis=0)
+    kept = packed.clone()
+    assert torch.equal(unpack_bits(packed, 3, 21, axis=0), values[::2, 1::3].T)
+    assert torch.equal(values, before)
+    assert torch.equal(packed, kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"values": torch.zeros(4, dtype=torch.int32), "bits": 2}, "takes uint8"),
+        ({"values": torch.tensor([4], dtype=torch.uint8), "bits": 2}, "does not fit in 2 bits"),
+        ({"values": torch.zeros(4, dtype=torch.uint8), "bits": 0}, "allowed are 1 to 8"),
+        ({"values": torch.zeros(4, dtype=torch.uint8), "bits": 9}, "allowed are 1 to 8"),
+        ({"values": torch.zeros(4, dtype=torch.uint8), "bits": 3, "container": torch.float32}, "container is"),
+        ({"values": torch.zeros(4, dtype=torch.uint8), "bits": 3, "per_word": 11}, "do not fit in a word"),
+    ],
+)
+def test_impossible_packings_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_bits(**arguments)
+
+
+def test_unpacking_refuses_the_wrong_number_of_words() -> None:
+    with pytest.raises(ValueError, match="take 2"):
+        unpack_bits(torch.zeros(3, dtype=torch.int32), 3, 20)
