@@ -1,0 +1,50 @@
+"""The linear layer that Block-AP trains: full-precision weight, learned scales and zero-points, fake-quant forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from formats import QuantizedLinear, QuantScheme, quantize
+from formats.affine import minmax_parameters
+
+from ..ops.fake_quant import fake_quant, stored_scales, stored_zeros
+
+__all__ = ["FakeQuantLinear"]
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear layer whose forward uses the weight as it will be stored.
+
+    Attributes:
+        weight: fp32 parameter ``[out, in]``, the given tensor itself.
+        scales: fp32 parameter ``[out, groups]``, from the weight's minima and maxima.
+        zeros: fp32 parameter ``[out, groups]``.
+        bias: fp32 parameter ``[out]`` or None.
+    """
+
+    def __init__(self, linear: nn.Linear, scheme: QuantScheme, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scheme, self.scale_dtype = scheme, scale_dtype
+        scales, zeros = minmax_parameters(linear.weight.detach(), scheme, scale_dtype)
+        self.weight = nn.Parameter(linear.weight.detach())
+        self.scales = nn.Parameter(scales)
+        self.zeros = nn.Parameter(zeros.float())
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        weight = fake_quant(
+            self.weight, self.scales, self.zeros, self.scheme.bits, self.scheme.group_size, self.scale_dtype
+        )
+        return F.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def quantized(self, bias_dtype: torch.dtype = torch.float16) -> QuantizedLinear:
+        """The layer as it will be stored: the very codes, scales and zeros that the forward uses."""
+        scales = stored_scales(self.scales, self.scale_dtype)
+        zeros = stored_zeros(self.zeros, self.scheme.bits).to(torch.int32)
+        bias = None if self.bias is None else self.bias.detach().to(bias_dtype)
+        codes = quantize(self.weight, scales, zeros, self.scheme)
+        return QuantizedLinear(codes, scales, zeros, self.scheme, bias=bias)

@@ -1,0 +1,302 @@
+"""Block-AP: block-wise training of all parameters (EfficientQAT, arXiv 2407.11062, section 3.2).
+
+Blocks are trained in turn. Two streams of hidden states run through the model: the full-precision stream through the
+original blocks, the quantized stream through the finished ones. A block is trained to map its quantized input to the
+full-precision block's output of the full-precision input, in mean squared error; weights, scales, zero-points, norms
+and biases are all trained, scales and zero-points from the weights' minima and maxima. Then its quantized layers are
+written, the quantized stream advances through the block as written, and the block is freed.
+
+Weights are fp32 and computed with under autocast to ``compute_dtype``. Hidden states enter every block as fp32, so the
+residual stream keeps its digits; they are kept between blocks in ``activation_dtype``, fp32 unless memory or disk asks
+for half of it.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from formats import Format, QuantScheme, get_format
+from formats.checkpoint import CheckpointReader, CheckpointWriter
+from formats.errors import CheckpointError, InputError, TrainingDivergedError, UnsupportedSchemeError
+from formats.model import write_model_config
+
+from ..hardware import peak_memory
+from ..models.decoder import find_decoder_layers, is_quantizable
+from ..models.loading import build_skeleton, load_parameters_, persistent_tensors, unload_
+from ..reporting.progress import Reporter
+from .activations import ActivationStore, Place, choose_place
+from .block_files import BlockFiles
+from .capture import BlockCall, Capture
+from .settings import BlockApReport, BlockApSettings, BlockReport
+from .trainable_block import TrainableBlock
+from .trainer import Streams, advance_, forward_spans, train_block, validate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["BlockApReport", "BlockApSettings", "BlockReport", "run_block_ap"]
+
+
+def run_block_ap(
+    model_folder: Path,
+    train: Tensor,
+    val: Tensor,
+    settings: BlockApSettings,
+    out: Path,
+    *,
+    work_dir: Path,
+    reporter: Reporter,
+    shard_size: int = 5 * 2**30,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> BlockApReport:
+    """Trains a model block by block and writes a native checkpoint.
+
+    Args:
+        model_folder: full-precision model with safetensors, configuration and tokenizer.
+        train: token ids, int64 ``[samples, seq]``; not looked at when ``settings.epochs`` is 0.
+        val: validation token ids, int64 ``[samples, seq]`` with the same ``seq``; may have no samples.
+        settings: see :class:`BlockApSettings`.
+        out: the checkpoint; nothing is there until it is complete.
+        work_dir: folder for finished blocks, kept there when a run stops, and for activations on disk.
+        reporter: is told of progress.
+        shard_size: bytes of a shard of the checkpoint.
+        force: replace an existing checkpoint.
+        trust_remote_code: allow Python files of the model folder to run.
+
+    Raises:
+        InputError: settings, tokens or a model that cannot be trained.
+        UnsupportedSchemeError: the scheme does not fit a layer; the text names it and what works.
+        CheckpointError: the model folder is damaged or the output cannot be written.
+        OutputExistsError: ``out`` exists and ``force`` is not given.
+        TrainingDivergedError: a loss became NaN or infinite; finished blocks are kept in ``work_dir``.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(settings.seed)
+    with CheckpointReader(model_folder) as reader:
+        if reader.quantization_config:
+            method = reader.quantization_config.get("quant_method", "unknown method")
+            raise InputError(f"{model_folder} is already quantized ({method}); Block-AP starts from full precision")
+        model = build_skeleton(model_folder, torch.float32, trust_remote_code=trust_remote_code)
+        run = _Run(reader, model, settings, reporter)
+        run.check()
+        if settings.epochs:
+            _check_tokens(train, val, run.model.config.get_text_config().vocab_size)
+        with CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
+            work_dir.mkdir(parents=True, exist_ok=True)
+            files = BlockFiles(work_dir / "blocks")
+            blocks, place = run.train(train, val, files, work_dir)
+            run.write(writer, files)
+        files.remove()
+    seconds = time.perf_counter() - started
+    return BlockApReport(blocks, seconds, max(block.peak_memory for block in blocks), place)
+
+
+class _Run:
+    """One run over an open full-precision checkpoint."""
+
+    def __init__(
+        self, reader: CheckpointReader, model: PreTrainedModel, settings: BlockApSettings, reporter: Reporter
+    ) -> None:
+        self.reader, self.model, self.settings, self.reporter = reader, model, settings, reporter
+        self.format: Format = get_format("native")
+        self.device, self.dtype = settings.resolved_device(), settings.resolved_compute_dtype()
+        self.path, self.layers = find_decoder_layers(model)
+        self.parameters = {
+            f"{self.path}.{i}.{name}" for i, layer in enumerate(self.layers) for name, _ in layer.named_parameters()
+        }
+        inside = set(self.layers.modules())
+        self.ignore = [name for name, m in model.named_modules() if is_quantizable(m) and m not in inside]
+
+    def check(self) -> None:
+        """Refuses what would fail later: a scheme that does not fit, or blocks whose tensors are not in the file."""
+        for index, layer in enumerate(self.layers):
+            for name, module in layer.named_modules():
+                if is_quantizable(module):
+                    _check_linear(f"{self.path}.{index}.{name}", module, self.settings.scheme, self.format)
+            for _, _, name in persistent_tensors(layer):
+                full = f"{self.path}.{index}.{name}"
+                if full not in self.reader.tensors:
+                    raise CheckpointError(
+                        f"{self.reader.folder} has no tensor {full}, which {type(self.model).__name__} needs; "
+                        "save the model again with transformers' save_pretrained"
+                    )
+
+    def train(
+        self, train: Tensor, val: Tensor, files: BlockFiles, work_dir: Path
+    ) -> tuple[tuple[BlockReport, ...], Place | None]:
+        """Trains and saves every block, or rounds it to the nearest when there are no epochs."""
+        if not self.settings.epochs:
+            return tuple(self._round_block(files, index) for index in range(len(self.layers))), None
+        with ExitStack() as stack:
+            calls, splits, place = self._capture(stack, train, val, work_dir)
+            blocks = tuple(self._train_block(files, index, call, *splits) for index, call in enumerate(calls))
+        return blocks, place
+
+    def write(self, writer: CheckpointWriter, files: BlockFiles) -> None:
+        """Puts the checkpoint together."""
+        owner = {name: index for name in self.reader.tensors if (index := self._block_of(name)) is not None}
+        files.assemble(writer, self.reader, owner, self.parameters)
+        write_model_config(writer, self.reader.config, self.format, self.settings.scheme, self.ignore)
+        writer.copy_companions(self.reader.folder)
+
+    def _block_of(self, name: str) -> int | None:
+        index = name.removeprefix(f"{self.path}.").partition(".")[0]
+        inside = name.startswith(f"{self.path}.") and index.isdigit() and int(index) < len(self.layers)
+        return int(index) if inside else None
+
+    def _capture(
+        self, stack: ExitStack, train: Tensor, val: Tensor, work_dir: Path
+    ) -> tuple[list[BlockCall], tuple[Streams, Streams], Place]:
+        """Arguments of the blocks, and the streams filled with the first block's input."""
+        with Capture(self.model, self.path, self.layers, self.reader, self.device) as capture:
+            calls = capture.calls(train[:1])
+            hidden = capture.inputs(train[:1]).shape[-1]
+            activation_dtype = self.settings.resolved_activation_dtype()
+            samples = 2 * (len(train) + len(val))  # two streams
+            nbytes = samples * train.shape[1] * hidden * activation_dtype.itemsize
+            choice = choose_place(self.settings.activations, nbytes, self.device, work_dir, self._reserved(train))
+            self.reporter.message(str(choice))
+            splits = []
+            for name, tokens in (("train", train), ("val", val)):
+                shape = (len(tokens), train.shape[1], hidden)
+                full, quantized = (
+                    stack.enter_context(
+                        ActivationStore(
+                            shape, activation_dtype, choice.place, self.device, work_dir / f"{name}-{stream}.bin"
+                        )
+                    )
+                    for stream in ("full", "quantized")
+                )
+                for start, stop in forward_spans(full):
+                    full.write(start, capture.inputs(tokens[start:stop]))
+                quantized.copy_from(full)
+                splits.append(Streams(full, quantized))
+        return calls, (splits[0], splits[1]), choice.place
+
+    def _reserved(self, train: Tensor) -> int:
+        """Device bytes that training the largest block takes, roughly.
+
+        32 a parameter (weight, gradient, two moments, dequantized weight, copies in the compute dtype), and 16 for
+        each element that enters or leaves a linear.
+        """
+        tokens = min(self.settings.batch_size, len(train)) * train.shape[1]
+        return max(
+            32 * sum(p.numel() for p in layer.parameters())
+            + 16 * tokens * sum(m.in_features + m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+            for layer in self.layers
+        )
+
+    def _load(self, index: int) -> nn.Module:
+        load_parameters_(self.layers[index], f"{self.path}.{index}", self.reader, self.device, torch.float32)
+        return self.layers[index]
+
+    def _trainable(self, index: int) -> TrainableBlock:
+        prefix = f"{self.path}.{index}"
+        stored = {
+            name: self.reader.tensors[f"{prefix}.{name}"].dtype for name, _ in self.layers[index].named_parameters()
+        }
+        return TrainableBlock(self.layers[index], self.settings.scheme, self.settings.scale_dtype, stored)
+
+    def _finish(self, files: BlockFiles, index: int, block: TrainableBlock) -> None:
+        layers, tensors = block.finish_()
+        prefix = f"{self.path}.{index}"
+        encoded = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+        for name, layer in layers.items():
+            encoded |= {f"{prefix}.{name}.{local}": tensor for local, tensor in self.format.encode(layer).items()}
+        files.save(index, encoded)
+
+    def _round_block(self, files: BlockFiles, index: int) -> BlockReport:
+        started = time.perf_counter()
+        self._load(index)
+        self._finish(files, index, self._trainable(index))
+        unload_(self.layers[index])
+        return self._report(index, None, [], [], started)
+
+    def _train_block(self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams) -> BlockReport:
+        started = time.perf_counter()
+        settings = self.settings
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        layer = self._load(index)
+        for split in (train, val):  # the full-precision stream becomes the target
+            advance_(split.full, layer, call, self.dtype)
+        block = self._trainable(index)
+        start_val_loss = validate(block, call, val, self.dtype)
+        steps = settings.epochs * -(-len(train.full) // settings.batch_size)
+        with self.reporter.task(f"block {index + 1}/{len(self.layers)}", steps) as task:
+            try:
+                train_losses, val_losses = train_block(block, call, train, val, settings, task)
+            except TrainingDivergedError as exc:
+                kept = f"{index} finished blocks are kept in {files.folder}" if index else "no block was finished"
+                raise TrainingDivergedError(
+                    f"block {index} ({self.path}.{index}): {exc}; {kept}; lower the learning rates"
+                ) from exc
+        self._finish(files, index, block)
+        if index + 1 < len(self.layers):
+            for split in (train, val):
+                advance_(split.quantized, layer, call, self.dtype)
+        unload_(layer)
+        return self._report(index, start_val_loss, train_losses, val_losses, started)
+
+    def _report(
+        self,
+        index: int,
+        start_val_loss: float | None,
+        train_losses: list[float],
+        val_losses: list[float | None],
+        started: float,
+    ) -> BlockReport:
+        report = BlockReport(
+            index,
+            start_val_loss,
+            tuple(train_losses),
+            tuple(val_losses),
+            time.perf_counter() - started,
+            peak_memory(self.device),
+        )
+        self.reporter.event(
+            "block",
+            index=index,
+            start_val_loss=start_val_loss,
+            train_loss=train_losses[-1] if train_losses else None,
+            val_loss=val_losses[-1] if val_losses else None,
+            seconds=report.seconds,
+            peak_memory=report.peak_memory,
+        )
+        return report
+
+
+def _check_linear(name: str, linear: nn.Linear, scheme: QuantScheme, fmt: Format) -> None:
+    width = scheme.width(linear.in_features)
+    if linear.in_features % width:
+        works = [size for size in (16, 32, 64, 128, 256) if linear.in_features % size == 0]
+        raise UnsupportedSchemeError(
+            f"group_size {scheme.group_size} does not divide in_features {linear.in_features} of {name}; "
+            f"use {', '.join(map(str, works))}{' or ' if works else ''}-1 (one group a row)"
+        )
+    try:
+        fmt.check(scheme, linear.out_features, linear.in_features)
+    except UnsupportedSchemeError as exc:
+        raise UnsupportedSchemeError(f"{name}: {exc}") from exc
+
+
+def _check_tokens(train: Tensor, val: Tensor, vocabulary: int) -> None:
+    for name, tokens in (("train", train), ("val", val)):
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise InputError(f"{name} tokens are {tokens.dtype} {list(tokens.shape)}; expected int64 [samples, seq]")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise InputError(
+                f"{name} tokens span {int(tokens.min())}..{int(tokens.max())} but the model's vocabulary is "
+                f"0..{vocabulary - 1}; tokenize with the model's own tokenizer"
+            )
+    if not train.numel():
+        raise InputError("there are no training samples; give at least one, or use epochs 0 for round-to-nearest")
+    if len(val) and val.shape[1] != train.shape[1]:
+        raise InputError(f"val samples have {val.shape[1]} tokens and train samples {train.shape[1]}; use one length")

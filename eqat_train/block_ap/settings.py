@@ -1,0 +1,130 @@
+"""Settings of Block-AP, and the report of what a run did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from formats import QuantScheme
+from formats.errors import InputError, UnsupportedSchemeError
+
+from .activations import Place
+
+__all__ = ["BlockApReport", "BlockApSettings", "BlockReport"]
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class BlockApSettings:
+    """Settings of Block-AP; the defaults are the paper's for 2 bits.
+
+    Attributes:
+        scheme: bits and group_size; sym and desc_act must be off.
+        epochs: passes over the samples for each block; 0 is round-to-nearest, without any data.
+        batch_size: samples a step.
+        lr_weight: learning rate of weights, norms and biases; 0 freezes them.
+        lr_scale: learning rate of scales; 0 freezes them.
+        lr_zero: learning rate of zero-points; 0 freezes them.
+        min_lr_factor: the cosine schedule ends at the learning rate divided by this.
+        weight_decay: AdamW's.
+        scale_dtype: dtype in which scales are stored.
+        compute_dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 on a GPU.
+        device: where to train; None is the GPU if there is one.
+        activations: where hidden states are kept; "auto" is the fastest place with room.
+        activation_dtype: what hidden states are kept in; None is float32.
+        seed: of torch's generators, for blocks that draw random numbers; the order of samples is fixed.
+    """
+
+    scheme: QuantScheme
+    epochs: int = 2
+    batch_size: int = 2
+    lr_weight: float = 2e-5
+    lr_scale: float = 1e-4
+    lr_zero: float = 1e-4
+    min_lr_factor: float = 20.0
+    weight_decay: float = 0.0
+    scale_dtype: torch.dtype = torch.float16
+    compute_dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+    activations: Place | Literal["auto"] = "auto"
+    activation_dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("epochs", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < lowest:
+                raise InputError(f"{name} is {value!r}; allowed are integers from {lowest}")
+        for name in ("lr_weight", "lr_scale", "lr_zero", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} is {value!r}; allowed are finite numbers from 0")
+        if self.epochs and not (self.lr_weight or self.lr_scale or self.lr_zero):
+            raise InputError("every learning rate is 0, so nothing would be trained; use epochs 0 for round-to-nearest")
+        if not self.min_lr_factor >= 1:
+            raise InputError(f"min_lr_factor is {self.min_lr_factor!r}; allowed are numbers from 1")
+        if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
+            raise InputError(f"compute_dtype is {self.compute_dtype}; allowed are float32, bfloat16 and float16")
+        if self.scheme.sym or self.scheme.desc_act:
+            raise UnsupportedSchemeError(
+                f"Block-AP trains zero-points and keeps the order of columns; {self.scheme} cannot be trained, "
+                f"use w{self.scheme.bits}g{self.scheme.group_size}"
+            )
+
+    def resolved_device(self) -> torch.device:
+        """The device to train on."""
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def resolved_activation_dtype(self) -> torch.dtype:
+        """The dtype to keep hidden states in."""
+        return torch.float32 if self.activation_dtype is None else self.activation_dtype
+
+    def resolved_compute_dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.bfloat16 if self.resolved_device().type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block's training.
+
+    Attributes:
+        index: position of the block.
+        start_val_loss: validation loss before training, that of round-to-nearest; None without validation samples.
+        train_losses: mean training loss of every epoch.
+        val_losses: validation loss of every epoch.
+        seconds: wall time, reading and writing included.
+        peak_memory: most bytes in use: of the GPU's allocator in this block, else of the process so far.
+    """
+
+    index: int
+    start_val_loss: float | None
+    train_losses: tuple[float, ...]
+    val_losses: tuple[float | None, ...]
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class BlockApReport:
+    """What a run did.
+
+    Attributes:
+        blocks: one report a block.
+        seconds: wall time of the whole run.
+        peak_memory: largest of the blocks'.
+        activations: where hidden states were kept; None when none were needed.
+    """
+
+    blocks: tuple[BlockReport, ...]
+    seconds: float
+    peak_memory: int
+    activations: Place | None

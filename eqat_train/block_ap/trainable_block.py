@@ -1,0 +1,116 @@
+"""A decoder block in training, and what becomes of it: "what you trained is what you ship".
+
+Linears are replaced by fake-quant linears, chosen by type. Every other parameter (norms, biases) is trained too and is
+rounded straight-through, in every forward, to the dtype in which it will be stored. ``finish_`` turns the block into
+the shipped one: the same numbers in plain linears, and the tensors to store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from formats import QuantizedLinear, QuantScheme, dequantize
+
+from ..models.decoder import is_quantizable
+from .capture import BlockCall
+from .fake_quant_linear import FakeQuantLinear
+
+__all__ = ["TrainableBlock"]
+
+
+class _StoredAs(torch.autograd.Function):
+    """Rounds to a dtype and back; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return value.to(dtype).to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class TrainableBlock:
+    """A block with fp32 parameters whose forward is that of the block as it will be stored.
+
+    Args:
+        block: full-precision block, fp32; its linears are replaced in place and their weights are reused.
+        scheme: bits and group_size of every linear.
+        scale_dtype: dtype in which scales are stored.
+        stored_dtypes: local parameter name -> dtype in which it is stored if it is not quantized.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        stored_dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        self.block, self._stored_dtypes = block, stored_dtypes
+        self.linears: dict[str, FakeQuantLinear] = {}
+        for name, module in list(block.named_modules()):
+            if is_quantizable(module):
+                self.linears[name] = FakeQuantLinear(module, scheme, scale_dtype)
+                block.set_submodule(name, self.linears[name])
+        quantized = {id(p) for linear in self.linears.values() for p in (linear.weight, linear.scales, linear.zeros)}
+        self.others = {name: p for name, p in block.named_parameters() if id(p) not in quantized}
+        block.eval()  # dropout stays off, as in the full-precision block that is the target
+
+    def scales(self) -> list[nn.Parameter]:
+        """Scales of every linear."""
+        return [linear.scales for linear in self.linears.values()]
+
+    def zeros(self) -> list[nn.Parameter]:
+        """Zero-points of every linear."""
+        return [linear.zeros for linear in self.linears.values()]
+
+    def weights(self) -> list[nn.Parameter]:
+        """Weights of every linear, and every other parameter of the block."""
+        return [*(linear.weight for linear in self.linears.values()), *self.others.values()]
+
+    def __call__(self, call: BlockCall, hidden_states: Tensor) -> Tensor:
+        """Output hidden states ``[batch, seq, hidden]``, differentiable in every parameter."""
+        rounded = {
+            name: _StoredAs.apply(parameter, self._stored_dtypes[name])
+            for name, parameter in self.others.items()
+            if self._stored_dtypes[name] != parameter.dtype
+        }
+        args, kwargs = call.arguments(hidden_states)
+        output = functional_call(self.block, rounded, args, kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def finish_(self) -> tuple[dict[str, QuantizedLinear], dict[str, Tensor]]:
+        """Puts plain fp32 linears with the stored numbers back into the block and gives what is to be stored.
+
+        Returns:
+            Quantized layers by local name (bias inside), and every other parameter in its stored dtype.
+        """
+        layers = {}
+        biases = set()
+        for name, linear in self.linears.items():
+            bias_name = f"{name}.bias"
+            biases.add(bias_name)
+            layers[name] = linear.quantized(self._stored_dtypes.get(bias_name, torch.float16))
+            self.block.set_submodule(name, _plain_linear(layers[name]))
+        tensors = {}
+        for name, parameter in self.others.items():
+            if name not in biases:
+                tensors[name] = parameter.detach().to(self._stored_dtypes[name], copy=True)
+                parameter.copy_(tensors[name])
+        self.block.requires_grad_(False)
+        return layers, tensors
+
+
+def _plain_linear(layer: QuantizedLinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(dequantize(layer), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
+    return linear

@@ -1,0 +1,26 @@
+"""Weight of a packed linear: ``w = (q - z) * s``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import select
+from ..packed import PackedWeight
+
+__all__ = ["dequant"]
+
+
+def dequant(packed: PackedWeight, scales: Tensor, dtype: torch.dtype = torch.float32, *, impl: str = "auto") -> Tensor:
+    """Dequantized weight. The difference is an exact integer; the product is taken in the dtype of ``scales``.
+
+    Args:
+        packed: codes and zero-points.
+        scales: float32 (or float64) ``[groups, out]``.
+        dtype: the product is rounded to it once.
+        impl: see :mod:`eqat_train.ops.dispatch`.
+
+    Returns:
+        ``dtype`` ``[out, in]``, contiguous.
+    """
+    return select(impl, scales.device, "dequant")(packed, scales, dtype)

@@ -1,0 +1,95 @@
+"""Tiny random models of every architecture that training is tested on, saved as Hugging Face folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+__all__ = ["ARCHITECTURES", "HIDDEN_SIZE", "SEQUENCE", "VOCABULARY", "save_tiny_model", "tiny_config", "tiny_tokens"]
+
+HIDDEN_SIZE = 64
+VOCABULARY = 257  # every byte, and <|endoftext|> as id 0
+SEQUENCE = 24
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+# Sliding windows are shorter than SEQUENCE, so that masks differ from plain causal ones.
+ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**_SHAPE, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=8, tie_word_embeddings=False),
+    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    "phi3": lambda: Phi3Config(**_SHAPE, tie_word_embeddings=False),
+    "olmo2": lambda: Olmo2Config(**_SHAPE, tie_word_embeddings=False),
+    "smollm3": lambda: SmolLM3Config(**_SHAPE, no_rope_layer_interval=2),
+}
+
+
+def tiny_config(architecture: str) -> PreTrainedConfig:
+    """Configuration of a two-layer model; ``architecture`` is a key of ``ARCHITECTURES``."""
+    return ARCHITECTURES[architecture]()
+
+
+def tiny_tokens(samples: int, sequence: int = SEQUENCE, seed: int = 0) -> torch.Tensor:
+    """Random token ids, int64 ``[samples, sequence]``."""
+    return torch.randint(1, VOCABULARY, (samples, sequence), generator=torch.Generator().manual_seed(seed))
+
+
+def save_tiny_model(
+    folder: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
+    """Saves a random model and a byte-level tokenizer, and returns the folder.
+
+    Norm weights and biases are random too, so that a forgotten one is noticed.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.normal_(0, 0.08)
+    model.to(dtype).save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<|endoftext|>": 0}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[symbol] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
