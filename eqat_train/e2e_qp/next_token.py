@@ -1,0 +1,86 @@
+"""Next-token cross-entropy of a model in memory: its gradient in micro-batches, and its mean.
+
+Labels are not shifted and -100 marks tokens without loss (see :mod:`eqat_train.data`). Every mean is over target
+tokens, so it does not depend on how windows are cut into batches. Nothing here waits for the device; transformers'
+mask code does, once a forward pass, to look for packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..data import NO_LOSS, TokenWindows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["accumulate_gradients", "mean_loss", "recomputed_in_backward"]
+
+
+def accumulate_gradients(
+    model: PreTrainedModel, windows: TokenWindows, micro_batch_size: int, device: torch.device
+) -> Tensor:
+    """Adds the gradient of the windows' mean loss to the parameters' ``grad``.
+
+    Args:
+        model: a causal language model.
+        windows: one optimizer step's batch, on the CPU.
+        micro_batch_size: windows a forward and backward pass.
+        device: where the model is.
+
+    Returns:
+        The mean loss over the batch's target tokens: a scalar on ``device``.
+    """
+    targets = windows.loss_tokens
+    total = torch.zeros((), device=device)
+    for ids, labels in _on_device(windows, micro_batch_size, device):
+        loss = _summed_loss(model, ids, labels) / targets
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: TokenWindows, micro_batch_size: int, device: torch.device) -> Tensor:
+    """Mean loss over all target tokens of the windows: a float64 scalar on ``device``."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for ids, labels in _on_device(windows, micro_batch_size, device):
+        total += _summed_loss(model, ids, labels)
+    return total / windows.loss_tokens
+
+
+@contextmanager
+def recomputed_in_backward(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Gradient checkpointing: inside, each layer keeps only its input and runs again in backward."""
+    changed = list(layers)
+    try:
+        for layer in changed:
+            # Nothing is random in evaluation mode, so the generator's state need not be kept.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer in changed:
+            layer.__dict__.pop("forward", None)
+
+
+def _on_device(windows: TokenWindows, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in windows.batches(batch_size):
+        ids, labels = batch.input_ids, batch.labels
+        if device.type == "cuda":  # only pinned memory is copied without waiting
+            ids, labels = ids.pin_memory(), labels.pin_memory()
+        yield ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _summed_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits  # [windows, seq_len, vocabulary]
+    targets = F.pad(labels[:, 1:], (0, 1), value=NO_LOSS)  # the last position predicts nothing
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.flatten(0, 1).to(precision), targets.flatten(), ignore_index=NO_LOSS, reduction="sum")

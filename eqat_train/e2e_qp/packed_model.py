@@ -1,0 +1,143 @@
+"""A quantized checkpoint as a model in memory whose weights stay packed, and its way back to disk.
+
+Quantized linears become :class:`PackedLinear`; embeddings, norms, the head and linears left in full precision are
+cast to the compute dtype (float32 holds every stored value exactly) and are never trained. Writing takes codes,
+zero-points, biases and every other tensor from the checkpoint again and only the scales from the model, so that
+nothing else can change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from formats import QuantizedLinear, get_format
+from formats.checkpoint import CheckpointWriter
+from formats.errors import CheckpointError, InputError
+from formats.model import Checkpoint, write_layer, write_model_config
+
+from ..models.decoder import find_decoder_layers
+from ..models.loading import build_skeleton, fill_model_
+from .packed_linear import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["PackedModel", "load_packed_model", "write_trained"]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedModel:
+    """A model with packed linears.
+
+    Attributes:
+        model: in evaluation mode; its scales are the only parameters that require gradients.
+        linears: module path -> packed linear, in the checkpoint's order.
+        layers: the decoder layers.
+    """
+
+    model: PreTrainedModel
+    linears: dict[str, PackedLinear]
+    layers: nn.ModuleList
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """Every trainable parameter."""
+        return [linear.scales for linear in self.linears.values()]
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows."""
+        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
+
+
+def load_packed_model(
+    checkpoint: Checkpoint,
+    *,
+    scale_dtype: torch.dtype = torch.float16,
+    compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PackedModel:
+    """Loads a quantized checkpoint layer by layer.
+
+    Args:
+        checkpoint: an open quantized checkpoint in any readable format.
+        scale_dtype: what the scales are rounded to in forward.
+        compute_dtype: dtype of everything that is not packed.
+        device: where the model goes.
+        trust_remote_code: allow Python files of the folder to run.
+
+    Raises:
+        InputError: the checkpoint is not quantized.
+        CheckpointError: a tensor is missing, unexpected or of a wrong shape.
+        UnsupportedSchemeError: the native layout cannot hold a layer.
+    """
+    folder = checkpoint.reader.folder
+    if not checkpoint.layer_names:
+        raise InputError(f"{folder} is in full precision; E2E-QP trains the scales of a native or GPTQ checkpoint")
+    model = build_skeleton(folder, compute_dtype, trust_remote_code=trust_remote_code)
+    _, layers = find_decoder_layers(model)
+    linears = {}
+    for name in checkpoint.layer_names:
+        linears[name] = _swap_linear_(model, name, checkpoint.layer(name), scale_dtype).to(device)
+    filled = {f"{name}.{local}" for name, linear in linears.items() for local in linear.state_dict()}
+    fill_model_(model, _passthrough(checkpoint, compute_dtype), device, folder, filled=filled)
+    return PackedModel(model, linears, layers)
+
+
+def write_trained(writer: CheckpointWriter, checkpoint: Checkpoint, linears: Mapping[str, PackedLinear]) -> None:
+    """Writes the checkpoint in the native format with the linears' scales, layer by layer."""
+    if checkpoint.scheme is None:
+        raise InputError(f"{checkpoint.reader.folder} is in full precision; it has no scales to replace")
+    native = get_format("native")
+    for name in checkpoint.passthrough_names:
+        writer.add(name, checkpoint.get(name))
+    for name in checkpoint.layer_names:
+        scales = linears[name].stored_scales().t().contiguous().cpu()  # [out, groups]
+        write_layer(writer, native, name, replace(checkpoint.layer(name), scales=scales))
+    write_model_config(
+        writer,
+        checkpoint.reader.config,
+        native,
+        checkpoint.scheme,
+        checkpoint.ignore,
+        overrides=checkpoint.overrides,
+    )
+    writer.copy_companions(checkpoint.reader.folder)
+
+
+def _swap_linear_(model: nn.Module, name: str, layer: QuantizedLinear, scale_dtype: torch.dtype) -> PackedLinear:
+    linear = _linear(model, name)
+    if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
+        raise CheckpointError(
+            f"quantized layer {name} is {layer.out_features} x {layer.in_features}; config.json describes "
+            f"{linear.out_features} x {linear.in_features}"
+        )
+    if (linear.bias is None) != (layer.bias is None):
+        has, wants = ("no bias", "one") if layer.bias is None else ("a bias", "none")
+        raise CheckpointError(f"quantized layer {name} has {has}; config.json describes {wants}")
+    packed = PackedLinear.from_layer(layer, scale_dtype=scale_dtype)
+    parent, _, local = name.rpartition(".")
+    setattr(model.get_submodule(parent), local, packed)
+    return packed
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as exc:
+        raise CheckpointError(f"quantized layer {name} does not exist in a {type(model).__name__}") from exc
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(f"quantized layer {name} is a {type(module).__name__} here; expected a torch.nn.Linear")
+    return module
+
+
+def _passthrough(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name in checkpoint.passthrough_names:
+        tensor = checkpoint.get(name)
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
