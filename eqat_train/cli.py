@@ -1,0 +1,135 @@
+"""``eqat train`` and ``eqat eval``, mounted by the root command.
+
+Importing this module loads typer and nothing heavy: commands import what they need when they run. The options of
+``train`` are the fields of ``TrainConfig``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from .options import TrainConfig
+
+__all__ = ["app"]
+
+app = typer.Typer(name="eqat_train", add_completion=False, pretty_exceptions_enable=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON objects, one a line, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only, and the result on one line.")]
+
+# One line a paragraph: the help keeps line breaks.
+TRAIN_HELP = (
+    "Quantize a model by EfficientQAT: Block-AP, then E2E-QP. The result is a native checkpoint.\n\n"
+    "Without MODEL: a small demo model and text that ship with eqat. "
+    "Settings come from the command line, then from --config, then from the defaults, which are the paper's."
+)
+EVAL_HELP = (
+    "Measure perplexity on non-overlapping windows of a text.\n\n"
+    "Documents are tokenized without special tokens, each followed by the end-of-text token, and concatenated; "
+    "the first token of a window is not predicted."
+)
+
+
+def train(config: Path | None = None, as_json: bool = False, quiet: bool = False, **given: Any) -> None:
+    """Runs ``eqat train``; ``given`` holds the settings by name, None where nothing was said."""
+    from .commands import train_command  # noqa: PLC0415
+
+    train_command(given, config=config, as_json=as_json, quiet=quiet)
+
+
+def _train_parameters() -> list[inspect.Parameter]:
+    """The parameters of ``train``: the fields of TrainConfig, and what is not a setting of the run itself."""
+    hints = get_type_hints(TrainConfig)
+    made = [_parameter(item, hints[item.name]) for item in fields(TrainConfig)]
+    file = typer.Option(
+        "--config", metavar="FILE", help="YAML file with the same names, e.g. seq_len: 1024.", rich_help_panel="Data"
+    )
+    extra = {"config": (Annotated[Path | None, file], None), "as_json": (Json, False), "quiet": (Quiet, False)}
+    made += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in extra.items()
+    ]
+    return made
+
+
+def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
+    kind = next(arg for arg in get_args(hint) if arg is not type(None)) if isinstance(hint, types.UnionType) else hint
+    rule = item.metadata
+    info: Any
+    if item.name == "model":
+        info = typer.Argument(metavar=rule["metavar"], help=rule["help"], show_default=False)
+    else:
+        default = item.default
+        shown = "" if default is None or default is False else f" [default: {default}]"
+        info = typer.Option(
+            f"--{item.name.replace('_', '-')}",
+            help=rule["help"] + shown.replace("[", r"\["),
+            metavar=None if kind is bool else rule["metavar"],
+            rich_help_panel=rule["panel"],
+            show_default=False,
+        )
+    annotation = Annotated[kind | None, info]  # type: ignore[valid-type]
+    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+_parameters = _train_parameters()
+train.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
+train.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters}
+app.command("train", help=TRAIN_HELP)(train)
+
+
+@app.command("eval", help=EVAL_HELP)
+def evaluate(
+    *,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_CHECKPOINT", help="Folder in any known format, or a hub id.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="Text: .txt, .txt.xz, .jsonl or .parquet file, or datasets id name\\[:config\\[:split]] (split test).",
+        ),
+    ],
+    tokens: Annotated[int | None, typer.Option(min=2, help="Read only this many tokens of the text.")] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens in a window. Default 2048, or the model's context if shorter."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows a forward pass. Default by their length.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Also write a sample text that begins so.")] = None,
+    sample_tokens: Annotated[int, typer.Option(min=1, help="Length of the sample text.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.")
+    ] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let Python files of the folder run.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Runs ``eqat eval``."""
+    from .commands import EvalOptions, eval_command  # noqa: PLC0415
+
+    options = EvalOptions(
+        model=model,
+        data=data,
+        tokens=tokens,
+        seq_len=seq_len,
+        batch=batch,
+        prompt=prompt,
+        sample_tokens=sample_tokens,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    eval_command(options, as_json=as_json, quiet=quiet)

@@ -1,0 +1,110 @@
+"""What the commands of ``cli.py`` do once their heavy imports are wanted."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.utils
+import transformers
+from rich.console import Console
+
+from .config import build_config, context_window
+from .data import evaluation_windows, open_source, token_stream
+from .evaluate import generate_sample, perplexity
+from .hardware import resolve_device, resolve_dtype
+from .models.loading import load_config, load_dense_model, load_tokenizer, resolve_model
+from .pipeline.train import train
+from .reporting.progress import Reporter
+from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
+
+__all__ = ["EvalOptions", "eval_command", "train_command"]
+
+
+def train_command(given: Mapping[str, Any], *, config: Path | None, as_json: bool, quiet: bool) -> None:
+    """``eqat train``."""
+    silence_libraries()
+    result = train(build_config(given, config), choose_reporter(as_json, quiet))
+    if quiet and not as_json:
+        print(result.out)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of ``eqat eval``; its help says what they are."""
+
+    model: str
+    data: str
+    tokens: int | None = None
+    seq_len: int | None = None
+    batch: int | None = None
+    prompt: str | None = None
+    sample_tokens: int = 60
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+def eval_command(options: EvalOptions, *, as_json: bool, quiet: bool) -> None:
+    """``eqat eval``."""
+    silence_libraries()
+    reporter = choose_reporter(as_json, quiet)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    folder = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
+    architecture = load_config(folder, trust_remote_code=options.trust_remote_code).get_text_config()
+    notes: list[str] = []
+    seq_len = context_window("seq_len", options.seq_len, getattr(architecture, "max_position_embeddings", None), notes)
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    for note in notes:
+        reporter.message(note)
+    stream = token_stream(open_source(options.data, default_split="test"), tokenizer, reporter)
+    windows = evaluation_windows(stream, seq_len, options.tokens)
+    model = load_dense_model(folder, dtype, device, trust_remote_code=options.trust_remote_code)
+    started = time.perf_counter()
+    value = perplexity(model, windows, reporter, batch_size=options.batch)
+    seconds = time.perf_counter() - started
+    sample = None
+    if options.prompt is not None:
+        sample = generate_sample(model, tokenizer, options.prompt, options.sample_tokens, options.seed)
+    reporter.event(
+        "eval",
+        model=options.model,
+        data=options.data,
+        perplexity=value,
+        tokens=windows.loss_tokens,
+        windows=len(windows),
+        seq_len=seq_len,
+        seconds=seconds,
+        prompt=options.prompt,
+        sample=sample,
+    )
+    if quiet and not as_json:
+        print(value)
+
+
+def choose_reporter(as_json: bool, quiet: bool) -> Reporter:
+    """JSON lines, silence, bars on a terminal, or plain lines."""
+    if as_json:
+        return JsonReporter(sys.stdout)
+    if quiet:
+        return Reporter()
+    console = Console(highlight=False)
+    return TerminalReporter(console) if console.is_terminal else LineReporter(console)
+
+
+def silence_libraries() -> None:
+    """Keeps the libraries' own bars and remarks out of eqat's output."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.disable_progress_bars()
+    # what torchao and torch say to each other when their versions differ; eqat uses neither part
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

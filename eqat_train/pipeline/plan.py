@@ -1,0 +1,151 @@
+"""What a run will do and where: everything that can be refused before any work begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from formats.checkpoint import CheckpointWriter
+from formats.errors import InputError
+from formats.model import open_checkpoint
+from formats.sizes import parse_size
+from formats.types import QuantScheme
+
+from ..config import resolve_config
+from ..demo import DEMO_PROMPT, demo_folder, demo_text
+from ..models.loading import load_config, resolve_model
+from ..options import TrainConfig
+from .run_files import is_demo_output
+from .stage_settings import block_ap_settings, e2e_settings
+
+__all__ = ["TrainPlan", "make_plan"]
+
+OUTPUT_ROOT = Path("eqat-out")
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A run, resolved.
+
+    Attributes:
+        config: settings with nothing left open.
+        saved: the same settings as they are saved: the demo's own files stay unnamed, so that they are found again.
+        demo: the demo model is trained.
+        model: folder of the model.
+        blocks: decoder blocks it has.
+        out: the checkpoint to make.
+        keep_block_ap: where Block-AP's checkpoint stays when E2E-QP follows; None to drop it.
+        work: temporary folder.
+        shard_size: bytes.
+        force: replace existing outputs.
+        notes: what the user should know before it starts.
+    """
+
+    config: TrainConfig
+    saved: TrainConfig
+    demo: bool
+    model: Path
+    blocks: int
+    out: Path
+    keep_block_ap: Path | None
+    work: Path
+    shard_size: int
+    force: bool
+    notes: tuple[str, ...]
+
+
+def make_plan(config: TrainConfig) -> TrainPlan:
+    """Resolves the model, the settings and the outputs.
+
+    Raises:
+        InputError: a model, a stage or settings that do not go together.
+        OutputExistsError: an output exists and is not to be replaced.
+    """
+    demo = config.model is None
+    if demo and config.stage == "e2e-qp":
+        raise InputError("--stage e2e-qp starts from a finished native or GPTQ checkpoint; give its folder as MODEL")
+    model = demo_folder() if demo else resolve_model(str(config.model), trust_remote_code=config.trust_remote_code)
+    scheme = _scheme(model, config.stage)
+    architecture = load_config(model, trust_remote_code=config.trust_remote_code).get_text_config()
+    context = getattr(architecture, "max_position_embeddings", None)
+    saved, found = resolve_config(config, context=context, scheme=scheme)
+    block_ap_settings(saved)  # refuses values that do not go together
+    e2e_settings(saved)
+    out = Path(saved.out) if saved.out is not None else _default_output(saved, model, demo)
+    keep = Path(saved.keep_block_ap) if saved.keep_block_ap is not None and saved.stage == "all" else None
+    notes = list(found)
+    replace_demo = demo and saved.out is None and is_demo_output(out)
+    if replace_demo and not saved.force:
+        notes.append(f"replacing the previous demo in {out}")
+    force = saved.force or replace_demo
+    shard_size = parse_size(saved.shard_size)
+    _check_outputs(model, out, keep, shard_size, force)
+    running = saved
+    if demo:
+        notes.insert(0, f"no MODEL given: the demo model ({_size(model):.0f} MB) and text that ship with eqat")
+        running = replace(
+            saved,
+            data=saved.data or str(demo_text("calibration")),
+            eval_data=saved.eval_data or str(demo_text("heldout")),
+            prompt=saved.prompt or DEMO_PROMPT,
+        )
+    work = Path(saved.work) if saved.work is not None else out.with_name(f"{out.name}.work")
+    saved = replace(saved, out=str(out))
+    return TrainPlan(
+        config=running,
+        saved=saved,
+        demo=demo,
+        model=model,
+        blocks=architecture.num_hidden_layers,
+        out=out,
+        keep_block_ap=keep,
+        work=work,
+        shard_size=shard_size,
+        force=force,
+        notes=tuple(notes),
+    )
+
+
+def _scheme(model: Path, stage: str) -> QuantScheme | None:
+    with open_checkpoint(model) as checkpoint:
+        scheme, fmt = checkpoint.scheme, checkpoint.format
+    if scheme is None and stage == "e2e-qp":
+        raise InputError(
+            f"{model} is in full precision; --stage e2e-qp starts from a finished native or GPTQ checkpoint "
+            "(eqat train without --stage runs both stages)"
+        )
+    if scheme is not None and fmt is not None and stage != "e2e-qp":
+        raise InputError(
+            f"{model} is already quantized ({fmt.id}, {scheme}); Block-AP starts from full precision: "
+            "give the original model, or train its scales with --stage e2e-qp"
+        )
+    return scheme
+
+
+def _default_output(config: TrainConfig, model: Path, demo: bool) -> Path:
+    name = "demo" if demo else Path(str(config.model)).name or model.resolve().name
+    if name in (".", ".."):
+        name = model.resolve().name
+    if config.stage == "e2e-qp":
+        return OUTPUT_ROOT / f"{name}-e2e-qp"
+    ending = "-block-ap" if config.stage == "block-ap" else ""
+    return OUTPUT_ROOT / f"{name}-w{config.bits}g{config.group}{ending}"
+
+
+def _check_outputs(model: Path, out: Path, keep: Path | None, shard_size: int, force: bool) -> None:
+    places = {"MODEL": model, "--out": out, "--keep-block-ap": keep}
+    taken: dict[Path, str] = {}
+    for name, place in places.items():
+        if place is None:
+            continue
+        resolved = place.resolve()
+        if resolved in taken:
+            raise InputError(f"{name} and {taken[resolved]} are the same folder {place}; give {name} another one")
+        taken[resolved] = name
+    for place in (out, keep):
+        if place is not None:
+            CheckpointWriter(place, shard_size=shard_size, force=force)  # refuses what it may not replace
+
+
+def _size(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6

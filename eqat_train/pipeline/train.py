@@ -1,0 +1,202 @@
+"""``eqat train``: the stages in turn, what they are measured with, and what they leave behind.
+
+Everything that can be refused is refused first: model, settings, outputs, data. Then the full-precision model and
+round-to-nearest are measured (where there is evaluation data), Block-AP runs, and E2E-QP on its result. The output
+appears when its last stage is complete; settings, log and report are added to it then. Whatever else a run writes is
+in the work folder, which goes away with it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from formats import history
+from formats.errors import TrainingDivergedError
+
+from ..block_ap.run import BlockApSettings, run_block_ap
+from ..config import save_config
+from ..e2e_qp.run import run_e2e_qp
+from ..models.loading import load_tokenizer
+from ..options import TrainConfig
+from ..reporting.progress import Reporter
+from ..reporting.reporters import CompositeReporter, EventRecorder, LogFileReporter, StageReporter
+from .plan import TrainPlan, make_plan
+from .results import Measurement, ModelResult
+from .run_files import CONFIG_FILE, LOG_FILE, REPORT_FILE, publish, write_report
+from .stage_settings import block_ap_settings, compute_target, e2e_settings
+from .training_data import TrainingData, prepare_data
+from .work_folder import WorkFolder
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        out: the native checkpoint.
+        results: rows of the closing table, empty when nothing was measured.
+        seconds: wall time.
+    """
+
+    out: Path
+    results: tuple[ModelResult, ...]
+    seconds: float
+
+
+def train(config: TrainConfig, reporter: Reporter) -> TrainResult:
+    """Trains a model as ``config`` says and records the checkpoint in the history.
+
+    Raises:
+        EqatError: what was asked for cannot be done; nothing is left behind.
+        TrainingDivergedError: a loss became NaN or infinite; the work folder is kept.
+    """
+    plan = make_plan(config)
+    with WorkFolder(plan.work) as work:
+        return _Run(plan, work, reporter).run()
+
+
+class _Run:
+    def __init__(self, plan: TrainPlan, work: WorkFolder, shown: Reporter) -> None:
+        self.started = time.perf_counter()
+        self.plan, self.config, self.work = plan, plan.config, work
+        self.shown, self.recorder = shown, EventRecorder()
+        self.files = CompositeReporter(LogFileReporter(work.path / LOG_FILE), self.recorder)
+        self.reporter = reporter = CompositeReporter(shown, self.files)
+        self.device, dtype = compute_target(self.config)
+        for note in plan.notes:
+            reporter.message(note)
+        reporter.event("start", **asdict(plan.saved))
+        tokenizer = load_tokenizer(plan.model, trust_remote_code=self.config.trust_remote_code)
+        self.data: TrainingData = prepare_data(self.config, tokenizer, reporter)
+        self.measurement = Measurement(
+            windows=self.data.evaluation,
+            tokenizer=tokenizer,
+            prompt=self.data.prompt,
+            sample_tokens=self.config.sample_tokens,
+            seed=self.config.seed,
+            device=self.device,
+            dtype=dtype,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        self.results: list[ModelResult] = []
+
+    def run(self) -> TrainResult:
+        checkpoint = self.plan.model
+        if self.config.stage == "e2e-qp":
+            self.measure("before", checkpoint)
+        else:
+            self.baselines()
+            checkpoint = self.block_ap()
+        if self.config.stage != "block-ap":
+            self.e2e_qp(checkpoint)
+        return self.finish()
+
+    def measure(self, title: str, folder: Path) -> None:
+        if self.measurement.wanted:
+            self.results.append(self.measurement.measure(title, folder, self.reporter))
+
+    def baselines(self) -> None:
+        """Measures the full-precision model and, unless that is the run's own result, round-to-nearest."""
+        rounded = self.work.path / "round-to-nearest"
+        wanted = self.config.epochs > 0 and self.measurement.wanted
+        if wanted:  # first, because a scheme that does not fit the model shows here, within seconds
+            self._run_block_ap(replace(block_ap_settings(self.config), epochs=0), rounded, Reporter())
+        self.measure("full precision", self.plan.model)
+        if wanted:
+            self.measure("round-to-nearest", rounded)
+            shutil.rmtree(rounded)
+
+    def block_ap(self) -> Path:
+        """Trains block by block; returns the checkpoint, which is the output when no other stage follows."""
+        last = self.config.stage == "block-ap"
+        settings = block_ap_settings(self.config)
+        out = self.plan.out if last else self.plan.keep_block_ap or self.work.path / "block-ap"
+        with self.reporter.task("Block-AP", self.plan.blocks) as overall:
+            self._run_block_ap(settings, out, StageReporter(self.reporter, overall, "block"))
+        if last:
+            self.record()
+        else:
+            self.work.keep(out)  # hours of training that E2E-QP's failure must not take away
+        self.measure("Block-AP" if settings.epochs else "round-to-nearest", out)
+        return out
+
+    def _run_block_ap(self, settings: BlockApSettings, out: Path, reporter: Reporter) -> None:
+        nothing = torch.empty(0, 2, dtype=torch.int64)
+        train, validation = nothing, nothing
+        if self.data.block_ap is not None:
+            train, validation = (windows.input_ids for windows in self.data.block_ap)
+        run_block_ap(
+            self.plan.model,
+            train,
+            validation,
+            settings,
+            out,
+            work_dir=self.work.path,
+            reporter=reporter,
+            shard_size=self.plan.shard_size,
+            force=self.plan.force,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def e2e_qp(self, checkpoint: Path) -> None:
+        """Trains the scales of a checkpoint end to end, and writes the output."""
+        if self.data.e2e is None:
+            raise ValueError("no data was prepared for E2E-QP")
+        try:
+            run_e2e_qp(
+                checkpoint,
+                self.data.e2e,
+                e2e_settings(self.config),
+                self.plan.out,
+                val=self.data.e2e_validation,
+                reporter=self.reporter,
+                shard_size=self.plan.shard_size,
+                force=self.plan.force,
+                trust_remote_code=self.config.trust_remote_code,
+            )
+        except TrainingDivergedError as error:
+            if checkpoint == self.plan.model:
+                raise
+            raise TrainingDivergedError(
+                f"{error}; Block-AP's checkpoint is kept: eqat train {checkpoint} --stage e2e-qp with a lower --lr-e2e"
+            ) from error
+        self.record()
+        self.measure("E2E-QP", self.plan.out)
+
+    def record(self) -> None:
+        """Notes a finished checkpoint's settings in it, and the checkpoint in the history, before anything can fail."""
+        file = self.work.path / CONFIG_FILE
+        save_config(self.plan.saved, file)
+        publish([file], self.plan.out)
+        history.record("native", self.plan.out)
+
+    def finish(self) -> TrainResult:
+        seconds = time.perf_counter() - self.started
+        rows = [asdict(result) for result in self.results]
+        endings: list[tuple[str, dict[str, Any]]] = [("done", {"out": str(self.plan.out), "seconds": seconds})]
+        if rows:
+            endings.insert(0, ("summary", {"rows": rows, "prompt": self.data.prompt}))
+        for kind, fields in endings:
+            self.files.event(kind, **fields)
+        report = self.work.path / REPORT_FILE
+        write_report(
+            report,
+            demo=self.plan.demo,
+            settings=asdict(self.plan.saved),
+            device=self.device,
+            seconds=seconds,
+            results=rows,
+            events=self.recorder.events,
+        )
+        publish([self.work.path / LOG_FILE, report], self.plan.out)
+        for kind, fields in endings:  # last, because whoever reads standard output may be gone
+            self.shown.event(kind, **fields)
+        return TrainResult(self.plan.out, tuple(self.results), seconds)
