@@ -1,0 +1,5 @@
+"""``python -m eqat_export`` is the ``eqat`` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,271 @@
+"""Conversion of a quantized checkpoint to another format, one layer at a time.
+
+Every layer goes source bytes -> canonical layer -> target bytes, so nothing is ever re-quantized, and peak memory is
+that of the largest layer whatever the model's size. All layers are checked against the target from metadata alone
+before anything is written. Tensors that belong to no quantized layer keep their bytes and dtype; only ``dense``,
+which is one dtype throughout, casts them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eqat_export.tensors import dtype_name, same_bits
+from formats import get_format
+from formats.affine import dequantize
+from formats.base import Exactness, Format
+from formats.checkpoint import CheckpointWriter
+from formats.errors import CheckpointError, InputError, UnsupportedSchemeError
+from formats.model import Checkpoint, convert_layer, open_checkpoint, write_layer, write_model_config
+from formats.types import QuantizedLinear, QuantScheme
+
+__all__ = ["Conversion", "Rounding", "convert", "dense_dtype"]
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+BLOCK_WEIGHTS = 2**21  # small enough for caches, large enough for whole rows
+
+
+@dataclass
+class Rounding:
+    """What rounding did to the weights of the layers, or values of the tensors, that could not be held exactly.
+
+    Attributes:
+        tensors: how many were rounded.
+        error: largest absolute difference.
+        relative: largest ``|difference| / |value|`` over non-zero values.
+        bound: the format's bound where ``error`` was found.
+        where: name of the layer or tensor it was found in.
+    """
+
+    tensors: int = 0
+    error: float = 0.0
+    relative: float = 0.0
+    bound: float = 0.0
+    where: str = ""
+
+    def add(self, name: str, exact: Tensor, stored: Tensor, bound: Tensor) -> None:
+        """Takes the differences of one tensor, or of some rows of it, into account.
+
+        Raises:
+            CheckpointError: a stored value is further off than its bound, or not finite.
+        """
+        difference = (stored.float() - exact).abs()
+        over = ~(difference <= bound)
+        if bool(over.any()):
+            value = float(exact[over].flatten()[0])
+            raise CheckpointError(
+                f"{name}: the value {value:.6g} cannot be stored as {dtype_name(stored.dtype)}; try another --dtype"
+            )
+        share = torch.where(difference == 0, 0.0, difference / exact.abs())  # zeros are held exactly
+        self.relative = max(self.relative, float(share.max()))
+        worst = int(difference.argmax())
+        if float(difference.flatten()[worst]) >= self.error:
+            self.error = float(difference.flatten()[worst])
+            self.bound = float(bound.expand_as(difference).flatten()[worst])
+            self.where = name
+
+
+@dataclass
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        exactness: exactness class of every layer written.
+        rounded: layers whose weights were rounded.
+        casts: passthrough tensors whose cast was not exact (``dense`` only).
+        weights: parameters inside quantized layers.
+        layer_bytes: bytes that the layers take in the output.
+        total_bytes: bytes of all tensors in the output.
+    """
+
+    source: Path
+    out: Path
+    source_format: str
+    target_format: str
+    scheme: QuantScheme
+    layers: int
+    exactness: Counter[Exactness] = field(default_factory=Counter)
+    rounded: Rounding = field(default_factory=Rounding)
+    casts: Rounding = field(default_factory=Rounding)
+    weights: int = 0
+    layer_bytes: int = 0
+    total_bytes: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight of a quantized layer takes in the output, everything stored with it included."""
+        return 8 * self.layer_bytes / self.weights
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {
+            "source": str(self.source),
+            "out": str(self.out),
+            "source_format": self.source_format,
+            "format": self.target_format,
+            "bits": self.scheme.bits,
+            "group_size": self.scheme.group_size,
+            "layers": self.layers,
+            "exactness": {kind.value: count for kind, count in self.exactness.items()},
+            "rounded": vars(self.rounded),
+            "casts": vars(self.casts),
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.total_bytes,
+        }
+
+
+def convert(
+    source: Path,
+    out: Path,
+    target: str,
+    *,
+    source_format: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: int = 5 * 10**9,
+    force: bool = False,
+    start: Callable[[int], Callable[[str], None]] = lambda total: lambda name: None,
+) -> Conversion:
+    """Writes the checkpoint ``source`` to ``out`` in another format.
+
+    Args:
+        source: a quantized checkpoint in any known format.
+        out: output folder; it appears complete or not at all.
+        target: format id.
+        source_format: read ``source`` as this format instead of detecting it.
+        dtype: dtype of a ``dense`` output; None elsewhere.
+        shard_size: bytes of a file.
+        force: replace an existing checkpoint at ``out``.
+        start: called with the number of tensors to write; returns what is called with each layer's name when done.
+
+    Raises:
+        EqatError: the source cannot be read, the target cannot hold a layer, or the output exists.
+    """
+    form = get_format(target, **({"dtype": dtype} if dtype is not None else {}))
+    with open_checkpoint(source, source_format) as checkpoint:
+        if checkpoint.format is None or checkpoint.scheme is None:
+            raise InputError(
+                f"{source} is a full-precision model, and export converts quantized ones: eqat train {source}"
+            )
+        _check_output(source, out)
+        writer = CheckpointWriter(out, shard_size=shard_size, force=force)
+        check_layers(checkpoint, form)
+        result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
+        with writer:
+            step = start(len(checkpoint.layer_names))
+            for name in checkpoint.layer_names:
+                _write_layer(writer, checkpoint, form, name, result)
+                step(name)
+            for name in checkpoint.passthrough_names:
+                _write_tensor(writer, checkpoint, name, dtype, result)
+            write_model_config(
+                writer,
+                checkpoint.reader.config,
+                form,
+                checkpoint.scheme,
+                checkpoint.ignore,
+                overrides=checkpoint.overrides,
+            )
+            writer.copy_companions(source)
+    return result
+
+
+def check_layers(checkpoint: Checkpoint, form: Format) -> None:
+    """Checks every layer against a format, from metadata only.
+
+    Raises:
+        UnsupportedSchemeError: the first layer that the format cannot hold, by name.
+    """
+    for name in checkpoint.layer_names:
+        try:
+            form.check(checkpoint.layer_scheme(name), *checkpoint.layer_features(name))
+        except UnsupportedSchemeError as error:
+            raise UnsupportedSchemeError(f"layer {name}: {error}") from error
+
+
+def dense_dtype(name: str | None, target: str) -> torch.dtype | None:
+    """The dtype of a dense output; None for other formats.
+
+    Raises:
+        InputError: the name is unknown, or given for a format that has no dtype.
+    """
+    if target != "dense":
+        if name is not None:
+            raise InputError(f"--dtype {name} is for --to dense; {target} keeps the dtypes it stores")
+        return None
+    if name is not None and name not in DTYPES:
+        raise InputError(f"--dtype is {name!r}; allowed are {', '.join(DTYPES)}")
+    return DTYPES[name or "float16"]
+
+
+def _write_layer(writer: CheckpointWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
+    if checkpoint.shares_packing_with(form, name):
+        stored = convert_layer(writer, form, checkpoint, name)
+        untouched = same_bits(stored["scales"], checkpoint.get(f"{name}.scales"))
+        layer = None if untouched else checkpoint.layer(name)
+    else:
+        layer = checkpoint.layer(name)
+        stored = write_layer(writer, form, name, layer)
+    kind = Exactness.EXACT if layer is None else _measure(form, name, layer, stored, result.rounded)
+    rows, columns = checkpoint.layer_features(name)
+    size = sum(tensor.nbytes for tensor in stored.values())
+    result.exactness[kind] += 1
+    result.weights += rows * columns
+    result.layer_bytes += size
+    result.total_bytes += size
+
+
+def _measure(
+    form: Format, name: str, layer: QuantizedLinear, stored: Mapping[str, Tensor], rounding: Rounding
+) -> Exactness:
+    """How exactly a layer was held; what was rounded is added to ``rounding``. A few rows at a time."""
+    blocks = list(_row_blocks(layer))
+    kind = max((form.exactness(part) for _, part in blocks), key=list(Exactness).index)
+    if kind is Exactness.ROUNDED:
+        held = form.decode(stored, layer.scheme) if form.readable else stored[form.marker]
+        for rows, part in blocks:
+            found = held[rows] if isinstance(held, Tensor) else dequantize(_rows(held, rows))
+            rounding.add(name, dequantize(part), found, form.bound(part))
+        rounding.tensors += 1
+    return kind
+
+
+def _row_blocks(layer: QuantizedLinear) -> Iterator[tuple[slice, QuantizedLinear]]:
+    step = max(BLOCK_WEIGHTS // layer.in_features, 1)
+    for start in range(0, layer.out_features, step):
+        rows = slice(start, start + step)
+        yield rows, _rows(layer, rows)
+
+
+def _rows(layer: QuantizedLinear, rows: slice) -> QuantizedLinear:
+    return replace(layer, codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows], bias=None)
+
+
+def _write_tensor(
+    writer: CheckpointWriter, checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, result: Conversion
+) -> None:
+    tensor = checkpoint.get(name)
+    if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+        cast = tensor.to(dtype)
+        if not torch.equal(cast.to(tensor.dtype), tensor):
+            limits = torch.finfo(dtype)
+            exact = tensor.float()
+            # half a unit in the last place, and half the smallest subnormal number
+            bound = exact.abs() * (limits.eps / 2) + limits.smallest_normal * limits.eps / 2
+            result.casts.add(name, exact, cast, bound)
+            result.casts.tensors += 1
+        tensor = cast
+    writer.add(name, tensor)
+    result.total_bytes += tensor.nbytes
+
+
+def _check_output(source: Path, out: Path) -> None:
+    inside, outside = source.resolve(), out.resolve()
+    if inside == outside or outside in inside.parents:
+        raise InputError(f"--out {out} is or contains the checkpoint {source}; choose another folder")

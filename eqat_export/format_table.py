@@ -1,0 +1,91 @@
+"""The rows of ``eqat formats``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from eqat_export.runtimes import RUNTIMES, get_runtime
+from formats import QuantizedLinear, QuantScheme, available_formats, get_format
+from formats.base import Exactness, Format
+from formats.errors import UnsupportedSchemeError
+
+__all__ = ["FormatRow", "format_rows"]
+
+# A shape that every divisibility rule and every group size below accepts.
+PROBE = 256
+GROUPS = (32, 64, 128, -1)
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """One format.
+
+    Attributes:
+        bits, groups: what its own ``check`` accepts at a shape that suits every layout.
+        direction: ``read, write`` or ``write``.
+        readers: runtimes that ``eqat verify --runtime`` can prove it with.
+        extra: eqat's extra that brings those runtimes; empty when none is needed.
+    """
+
+    id: str
+    title: str
+    bits: tuple[int, ...]
+    groups: tuple[int, ...]
+    direction: str
+    exactness: str
+    readers: tuple[str, ...]
+    extra: str
+
+
+def format_rows() -> list[FormatRow]:
+    """Every registered format, asked itself."""
+    return [_row(get_format(format_id)) for format_id in available_formats()]
+
+
+def _row(form: Format) -> FormatRow:
+    bits = tuple(bits for bits in range(1, 9) if any(_takes(form, bits, group) for group in GROUPS))
+    groups = tuple(group for group in GROUPS if any(_takes(form, number, group) for number in bits))
+    runtimes = [get_runtime(runtime_id) for runtime_id in RUNTIMES]
+    stored = form.id if form.readable else None
+    readers = [runtime for runtime in runtimes if stored in runtime.formats]
+    extras = sorted({runtime.extra for runtime in readers}) if form.readable else []
+    return FormatRow(
+        form.id,
+        form.title,
+        bits,
+        groups,
+        "read, write" if form.readable else "write",
+        _exactness(form, bits, groups),
+        tuple(runtime.id for runtime in readers),
+        ", ".join(extras),
+    )
+
+
+def _exactness(form: Format, bits: tuple[int, ...], groups: tuple[int, ...]) -> str:
+    """The worst class over layers with every zero-point, by the dtype of their scales."""
+    kinds = {dtype: _worst_class(form, bits, groups, dtype).value for dtype in (torch.float16, torch.float32)}
+    half, single = kinds.values()
+    return half if half == single else f"{half} (fp32 scales: {single})"
+
+
+def _worst_class(form: Format, bits: tuple[int, ...], groups: tuple[int, ...], dtype: torch.dtype) -> Exactness:
+    found = set()
+    for number in bits:
+        scheme = QuantScheme(number, next(group for group in groups if _takes(form, number, group)))
+        shape = (PROBE, scheme.groups(PROBE))
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(0, scheme.maxq + 1, (PROBE, PROBE), generator=generator, dtype=torch.uint8)
+        zeros = torch.arange(PROBE, dtype=torch.int32)[:, None].expand(shape) % (scheme.maxq + 1)
+        scales = (torch.rand(shape, generator=generator) + 0.5).to(dtype)
+        found.add(form.exactness(QuantizedLinear(codes, scales, zeros, scheme)))
+    return max(found, key=list(Exactness).index)
+
+
+def _takes(form: Format, bits: int, group: int) -> bool:
+    try:
+        form.check(QuantScheme(bits, group), PROBE, PROBE)
+    except UnsupportedSchemeError:
+        return False
+    return True

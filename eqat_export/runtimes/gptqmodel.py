@@ -1,0 +1,36 @@
+"""gptqmodel, by its plain torch kernel.
+
+``GPTQ_TORCH`` reads 2, 3, 4 and 8 bits on every device. AUTO may build an extension for minutes, and
+``gptq_torch_fused`` zeroes the zero-points of asymmetric 4-bit layers, so the kernel is always named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .base import Runtime, no_compile
+
+__all__ = ["GptqmodelRuntime"]
+
+
+class GptqmodelRuntime(Runtime):
+    """``GPTQModel.load(folder, backend=BACKEND.GPTQ_TORCH)``."""
+
+    id = "gptqmodel"
+    package = "gptqmodel"
+    requires = ("gptqmodel",)
+    extra = "gptq"
+    formats = ("gptq", "gptq_v2")
+
+    def load(self, folder: Path, bits: int | None, device: torch.device) -> nn.Module:
+        """See :class:`Runtime`."""
+        from gptqmodel import BACKEND, GPTQModel  # noqa: PLC0415
+
+        with no_compile():
+            loaded = GPTQModel.load(
+                str(folder.resolve()), device=str(device), backend=BACKEND.GPTQ_TORCH, dtype=torch.float16
+            )
+        return loaded.model.eval()

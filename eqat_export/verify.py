@@ -1,0 +1,137 @@
+"""Checks of one checkpoint on its own.
+
+Opening it has already checked index, headers and file lengths (``formats.checkpoint``). Here every layer is decoded,
+which checks shapes, dtypes and ranges, and the configuration is compared with what the tensors hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from eqat_export.findings import Finding, error, failed, note, warning
+from formats.checkpoint_reader import QUANTIZATION_FILES, read_json
+from formats.errors import CheckpointError, InvalidLayerError
+from formats.gptq import GptqV2Format
+from formats.gptq_zeros import diagnose_zeros
+from formats.model import Checkpoint
+
+__all__ = ["verify_checkpoint"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json", "vocab.txt")
+SHARED_KEYS = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "quant_method")
+
+
+def verify_checkpoint(checkpoint: Checkpoint, step: Callable[[str], None] = lambda name: None) -> list[Finding]:
+    """Everything that is wrong, or may be, with a checkpoint that could be opened.
+
+    Args:
+        checkpoint: any format, full precision included.
+        step: called with each layer's name once it is done.
+    """
+    findings = list(_check_configuration(checkpoint))
+    findings += _check_modules(checkpoint)
+    scales: Counter[str] = Counter()
+    for name in checkpoint.layer_names:
+        findings += _check_layer(checkpoint, name, scales)
+        step(name)
+    if scales["zero"]:
+        findings.append(warning("scales", f"{scales['zero']} groups have a scale of exactly zero: their weights are 0"))
+    if scales["negative"]:
+        findings.append(note("scales", f"{scales['negative']} groups have a negative scale (complemented codes)"))
+    findings += _check_passthrough(checkpoint)
+    if isinstance(checkpoint.format, GptqV2Format) and not failed(findings):
+        findings += _check_zero_convention(checkpoint)
+    return findings
+
+
+def _check_configuration(checkpoint: Checkpoint) -> Iterator[Finding]:
+    folder = checkpoint.reader.folder
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        yield warning(str(folder), "no tokenizer; gptqmodel and generation need one")
+    configurations: dict[str, dict[str, Any]] = {}
+    for name in QUANTIZATION_FILES:
+        if (folder / name).exists():
+            configurations[name] = read_json(folder / name)
+    inside = checkpoint.reader.config.get("quantization_config")
+    if isinstance(inside, dict):
+        configurations["config.json"] = inside
+    for key in SHARED_KEYS:
+        values = {name: config[key] for name, config in configurations.items() if key in config}
+        if len(set(map(str, values.values()))) > 1:
+            stated = ", ".join(f"{name} says {value}" for name, value in values.items())
+            yield error("configuration", f"{key}: {stated}; readers take one or the other")
+    if checkpoint.format is not None and not configurations:
+        yield note("configuration", "no quantization_config; bits and group_size were read from shapes")
+
+
+def _check_modules(checkpoint: Checkpoint) -> Iterator[Finding]:
+    ignored = _ignored(checkpoint.reader.quantization_config)
+    for name in checkpoint.layer_names:
+        if any(pattern.match(name) for pattern in ignored):
+            yield error(name, "is quantized, but the configuration says it is kept in full precision")
+    if not checkpoint.reader.quantization_config:
+        return
+    blocks = {_block(name) for name in checkpoint.layer_names}
+    for name in checkpoint.passthrough_names:
+        module, _, local = name.rpartition(".")
+        linear = local == "weight" and len(checkpoint.reader.tensors[name].shape) == 2 and _block(module) in blocks
+        if linear and not any(pattern.match(module) for pattern in ignored):
+            yield warning(module, "is in full precision among quantized layers, and the configuration does not say so")
+
+
+def _ignored(quantization: dict[str, Any]) -> list[re.Pattern[str]]:
+    """What a configuration keeps in full precision, in every format's words."""
+    named = quantization.get("modules_to_not_convert") or []
+    patterns = [re.compile(rf"{re.escape(name)}(\.|$)") for name in named]
+    if quantization.get("lm_head") is False:
+        patterns.append(re.compile(r"lm_head$"))
+    dynamic = quantization.get("dynamic") or {}  # gptqmodel's: "-:regex" leaves modules out
+    return patterns + [re.compile(key.removeprefix("-:")) for key in dynamic if key.startswith("-:")]
+
+
+def _block(name: str) -> str:
+    """The path up to the first number, e.g. ``model.layers``; the whole path without one."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0]]) if numbers else name
+
+
+def _check_layer(checkpoint: Checkpoint, name: str, scales: Counter[str]) -> Iterator[Finding]:
+    try:
+        layer = checkpoint.layer(name)
+    except (CheckpointError, InvalidLayerError) as exc:
+        yield error(name, str(exc))
+        return
+    scales["zero"] += int((layer.scales == 0).sum())
+    scales["negative"] += int((layer.scales < 0).sum())
+    model_wide = checkpoint.scheme
+    if model_wide is not None and (layer.scheme.bits, layer.scheme.group_size) != (
+        model_wide.bits,
+        model_wide.group_size,
+    ):
+        yield note(name, f"is {layer.scheme}, unlike the model-wide {model_wide}")
+    if layer.bias is not None and not bool(torch.isfinite(layer.bias).all()):
+        yield error(f"{name}.bias", f"{int((~torch.isfinite(layer.bias)).sum())} values are NaN or infinite")
+
+
+def _check_passthrough(checkpoint: Checkpoint) -> Iterator[Finding]:
+    for name in checkpoint.passthrough_names:
+        tensor = checkpoint.get(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            yield error(name, f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite")
+
+
+def _check_zero_convention(checkpoint: Checkpoint) -> Iterator[Finding]:
+    diagnosis = diagnose_zeros(checkpoint)
+    text = "; ".join((diagnosis.verdict, *diagnosis.evidence))
+    if diagnosis.contradicted:
+        yield error("qzeros", text)
+    elif diagnosis.wrapped:
+        yield warning("qzeros", text)
+    else:
+        yield note("qzeros", diagnosis.verdict)
