@@ -34,7 +34,7 @@ class GptqV2Format(QweightFormat):
     """GPTQ with raw zeros (``checkpoint_format: gptq_v2``); exact when scales are fp16 numbers."""
 
     id: ClassVar[str] = "gptq_v2"
-    title: ClassVar[str] = "GPTQ with raw zeros, for gptqmodel and vLLM"
+    title: ClassVar[str] = "GPTQ with raw zeros, for readers that do not add 1"
 
     def per_word(self, bits: int) -> None:
         """A dense stream."""
