@@ -84,7 +84,7 @@ def option_name(name: str) -> str:
 
 
 def resolve_config(
-    config: TrainConfig, *, context: int | None, scheme: QuantScheme | None
+    config: TrainConfig, *, context: int | None, scheme: QuantScheme | None, scale_dtype: str = "float16"
 ) -> tuple[TrainConfig, list[str]]:
     """Fills in what depends on the model.
 
@@ -92,6 +92,7 @@ def resolve_config(
         config: settings with None where the run decides.
         context: tokens the model can attend to; None if its configuration does not say.
         scheme: of the checkpoint that E2E-QP starts from; None in full precision.
+        scale_dtype: of that checkpoint, or the default.
 
     Returns:
         The settings, and notes about choices that are not the paper's.
@@ -115,6 +116,7 @@ def resolve_config(
         config,
         bits=bits,
         group=group,
+        scale_dtype=config.scale_dtype or scale_dtype,
         seq_len=context_window("seq_len", config.seq_len, context, seq_len_notes),
         e2e_seq_len=context_window("e2e_seq_len", config.e2e_seq_len, context, e2e_notes),
         lr_weight=lr if config.lr_weight is None else config.lr_weight,

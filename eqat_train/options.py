@@ -55,8 +55,11 @@ class TrainConfig:
         metavar="N",
     )
     stage: str = _option("all", "Quantization", "What to run.", choices=("all", "block-ap", "e2e-qp"))
-    scale_dtype: str = _option(
-        "float16", "Quantization", "What scales are stored in.", choices=("float16", "bfloat16", "float32")
+    scale_dtype: str | None = _option(
+        None,
+        "Quantization",
+        "What scales are stored in. Default float16; E2E-QP alone keeps the checkpoint's.",
+        choices=("float16", "bfloat16", "float32"),
     )
 
     data: str | None = _option(

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from formats.errors import CheckpointError, InputError
 from formats.model import Checkpoint, open_checkpoint
 
+from ..error_text import first_line
 from .hub import resolve_model
 
 if TYPE_CHECKING:
@@ -105,8 +106,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def _explain(source: object, what: str, exc: Exception) -> str:
     if "trust_remote_code" in str(exc):
         return f"{source} needs Python code of its own; read it, then allow it with --trust-remote-code"
-    reason = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
-    return f"{source}: transformers cannot load the {what}: {reason}"
+    return f"{source}: transformers cannot load the {what}: {first_line(exc)}"
 
 
 def persistent_tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

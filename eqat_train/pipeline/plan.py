@@ -70,10 +70,10 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     if demo and config.stage == "e2e-qp":
         raise InputError("--stage e2e-qp starts from a finished native or GPTQ checkpoint; give its folder as MODEL")
     model = demo_folder() if demo else resolve_model(str(config.model), trust_remote_code=config.trust_remote_code)
-    scheme = _scheme(model, config.stage)
+    scheme, scale_dtype = _start(model, config.stage)
     architecture = load_config(model, trust_remote_code=config.trust_remote_code).get_text_config()
     context = getattr(architecture, "max_position_embeddings", None)
-    saved, found = resolve_config(config, context=context, scheme=scheme)
+    saved, found = resolve_config(config, context=context, scheme=scheme, scale_dtype=scale_dtype)
     if saved.stage == "e2e-qp":
         build_skeleton(model, torch.float32, trust_remote_code=config.trust_remote_code)  # refuses what it cannot build
     else:
@@ -118,9 +118,11 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     )
 
 
-def _scheme(model: Path, stage: str) -> QuantScheme | None:
+def _start(model: Path, stage: str) -> tuple[QuantScheme | None, str]:
+    """Scheme of the checkpoint that a run starts from, None in full precision, and the dtype of scales it leads to."""
     with open_checkpoint(model) as checkpoint:
         scheme, fmt = checkpoint.scheme, checkpoint.format
+        scales = checkpoint.layer(checkpoint.layer_names[0]).scales.dtype if checkpoint.layer_names else torch.float16
     if scheme is None and stage == "e2e-qp":
         raise InputError(
             f"{model} is in full precision; --stage e2e-qp starts from a finished native or GPTQ checkpoint "
@@ -131,7 +133,7 @@ def _scheme(model: Path, stage: str) -> QuantScheme | None:
             f"{model} is already quantized ({fmt.id}, {scheme}); Block-AP starts from full precision: "
             "give the original model, or train its scales with --stage e2e-qp"
         )
-    return scheme
+    return scheme, str(scales).removeprefix("torch.")
 
 
 def _default_output(config: TrainConfig, model: Path, demo: bool) -> Path:

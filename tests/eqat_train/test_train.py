@@ -105,6 +105,14 @@ def test_block_ap_alone_writes_its_result_and_e2e_qp_goes_on_from_it_changing_sc
         assert all(torch.equal(a.get(name), b.get(name)) for name in a.passthrough_names)
 
 
+def test_e2e_qp_alone_keeps_the_dtype_of_the_scales_unless_told(here: Path, config: Config) -> None:
+    first = run(config(stage="block-ap", scale_dtype="bfloat16")).out
+    for asked, expected in ((None, torch.bfloat16), ("float16", torch.float16)):
+        second = run(config(model=str(first), stage="e2e-qp", group=None, scale_dtype=asked, out=f"made-{asked}"))
+        with open_checkpoint(second.out) as checkpoint:
+            assert {checkpoint.layer(name).scales.dtype for name in checkpoint.layer_names} == {expected}
+
+
 @pytest.mark.parametrize("format_id", ["gptq", "gptq_v2"])
 def test_e2e_qp_starts_from_gptq_with_instructions(
     here: Path, tiny_folder: Path, config: Config, format_id: str
