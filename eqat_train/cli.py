@@ -105,7 +105,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(min=1, help="Windows a forward pass. Default by their length.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Also write a sample text that begins so.")] = None,
     sample_tokens: Annotated[int, typer.Option(min=1, help="Length of the sample text.")] = 60,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the sample text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.")

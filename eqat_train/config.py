@@ -29,6 +29,10 @@ PAPER_SCHEME = QuantScheme(2, 64)
 _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(TrainConfig)}
 # A permission for one run, not a property of what was trained.
 _NOT_SAVED = ("force",)
+_MAY_BE_EMPTY = ("prompt",)
+_MAY_BE_INFINITE = ("max_grad_norm", "min_lr_factor")
+# What torch's and numpy's generators both take, with room for the stages' offsets.
+LARGEST_SEED = 2**62
 
 
 def build_config(given: Mapping[str, Any], file: Path | None = None) -> TrainConfig:
@@ -80,7 +84,7 @@ def option_name(name: str) -> str:
 
 
 def resolve_config(
-    config: TrainConfig, *, context: int | None, scheme: QuantScheme | None
+    config: TrainConfig, *, context: int | None, scheme: QuantScheme | None, scale_dtype: str = "float16"
 ) -> tuple[TrainConfig, list[str]]:
     """Fills in what depends on the model.
 
@@ -88,6 +92,7 @@ def resolve_config(
         config: settings with None where the run decides.
         context: tokens the model can attend to; None if its configuration does not say.
         scheme: of the checkpoint that E2E-QP starts from; None in full precision.
+        scale_dtype: of that checkpoint, or the default.
 
     Returns:
         The settings, and notes about choices that are not the paper's.
@@ -105,12 +110,15 @@ def resolve_config(
             "leave --bits and --group out, or start from full precision"
         )
     lr = 2e-5 if bits <= 2 else 1e-5
+    seq_len_notes = notes if config.stage != "e2e-qp" or config.eval_data is not None else []
+    e2e_notes = notes if config.stage != "block-ap" else []
     filled = replace(
         config,
         bits=bits,
         group=group,
-        seq_len=context_window("seq_len", config.seq_len, context, notes),
-        e2e_seq_len=context_window("e2e_seq_len", config.e2e_seq_len, context, notes),
+        scale_dtype=config.scale_dtype or scale_dtype,
+        seq_len=context_window("seq_len", config.seq_len, context, seq_len_notes),
+        e2e_seq_len=context_window("e2e_seq_len", config.e2e_seq_len, context, e2e_notes),
         lr_weight=lr if config.lr_weight is None else config.lr_weight,
         lr_e2e=lr if config.lr_e2e is None else config.lr_e2e,
     )
@@ -170,6 +178,12 @@ def _checked(name: str, value: Any, label: str) -> Any:
         raise InputError(f"{label} is {value!r}; allowed are numbers from {rule['least']}")
     if rule["above"] is not None and not value > rule["above"]:
         raise InputError(f"{label} is {value!r}; allowed are numbers above {rule['above']}")
+    if kind is float and math.isinf(value) and name not in _MAY_BE_INFINITE:
+        raise InputError(f"{label} is {value!r}; allowed are finite numbers")
+    if kind is str and not value.strip() and name not in _MAY_BE_EMPTY:
+        raise InputError(f"{label} is empty; give a value or leave it out")
+    if name == "seed" and value > LARGEST_SEED:
+        raise InputError(f"{label} is {value!r}; allowed are integers from 0 to 2**62")
     if name == "group" and value < 1 and value != -1:
         raise InputError(f"{label} is {value!r}; allowed are -1 (one group a row) and positive integers, e.g. 64")
     if name == "warmup_ratio" and value > 1:

@@ -55,8 +55,11 @@ class TrainConfig:
         metavar="N",
     )
     stage: str = _option("all", "Quantization", "What to run.", choices=("all", "block-ap", "e2e-qp"))
-    scale_dtype: str = _option(
-        "float16", "Quantization", "What scales are stored in.", choices=("float16", "bfloat16", "float32")
+    scale_dtype: str | None = _option(
+        None,
+        "Quantization",
+        "What scales are stored in. Default float16; E2E-QP alone keeps the checkpoint's.",
+        choices=("float16", "bfloat16", "float32"),
     )
 
     data: str | None = _option(
@@ -76,7 +79,7 @@ class TrainConfig:
     )
     seed: int = _option(0, "Data", "Seed of the windows drawn, of their order, and of the samples.", least=0)
 
-    samples: int = _option(4096, "Block-AP", "Training windows.", least=1)
+    samples: int = _option(4096, "Block-AP", "Training windows, drawn at random; they may overlap.", least=1)
     seq_len: int | None = _option(
         None,
         "Block-AP",
@@ -84,7 +87,9 @@ class TrainConfig:
         metavar="N",
         least=2,
     )
-    val_samples: int = _option(64, "Block-AP", "Validation windows, for E2E-QP as well.", least=1)
+    val_samples: int = _option(
+        64, "Block-AP", "Validation windows, for E2E-QP as well; a tenth of the text at most.", least=1
+    )
     batch: int = _option(2, "Block-AP", "Windows a step.", least=1)
     epochs: int = _option(2, "Block-AP", "Passes over the windows; 0 is round-to-nearest.", least=0)
     lr_weight: float | None = _option(
@@ -101,7 +106,7 @@ class TrainConfig:
     )
     weight_decay: float = _option(0.0, "Block-AP", "AdamW's weight decay, for E2E-QP as well.", metavar="X", least=0)
 
-    e2e_samples: int = _option(4096, "E2E-QP", "Training windows.", least=1)
+    e2e_samples: int = _option(4096, "E2E-QP", "Training windows, or instruction examples.", least=1)
     e2e_seq_len: int | None = _option(
         None,
         "E2E-QP",

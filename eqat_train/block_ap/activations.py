@@ -7,6 +7,7 @@ as it advances through the blocks.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -36,11 +37,17 @@ class PlaceChoice:
 
     def __str__(self) -> str:
         where = {"gpu": "on the GPU", "ram": "in RAM", "disk": "on disk"}[self.place]
-        return f"activations {where}: {self.nbytes / 2**30:.2f} GiB"
+        return f"activations {where}: {_size(self.nbytes)}"
 
 
 def choose_place(
-    requested: Place | Literal["auto"], nbytes: int, device: torch.device, work_dir: Path, reserved: int = 0
+    requested: Place | Literal["auto"],
+    nbytes: int,
+    device: torch.device,
+    work_dir: Path,
+    *,
+    reserved: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> PlaceChoice:
     """Picks the fastest place that holds all streams, or checks the requested one.
 
@@ -50,6 +57,7 @@ def choose_place(
         device: the computing device; "gpu" needs CUDA.
         work_dir: folder of the files that "disk" uses.
         reserved: bytes the computation itself needs on the device.
+        dtype: of the streams, for the advice where they do not fit.
 
     Raises:
         InputError: the requested place does not exist or has too little room, or no place has room.
@@ -67,11 +75,20 @@ def choose_place(
     for place in candidates:
         if nbytes <= room[place]:
             return PlaceChoice(place, nbytes)
-    free = ", ".join(f"{place} {max(size, 0) / 2**30:.2f} GiB" for place, size in room.items())
+    free = ", ".join(f"{place} {_size(max(room[place], 0))}" for place in candidates)
+    elsewhere = "--work on a larger disk" if "disk" in candidates else "--activations auto"
+    half = "--activation-dtype bfloat16 (half of it), " if dtype == torch.float32 else ""
     raise InputError(
-        f"activations take {nbytes / 2**30:.2f} GiB and usable are {free}; "
-        "use fewer samples, shorter sequences, or a work folder on a larger disk"
+        f"activations take {_size(nbytes)} in {str(dtype).removeprefix('torch.')} and usable are {free}; "
+        f"use {half}fewer --samples, a shorter --seq-len, or {elsewhere}"
     )
+
+
+def _size(nbytes: int) -> str:
+    unit, name = next(
+        ((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if nbytes >= 2**power), (1024, "KiB")
+    )
+    return f"{nbytes / unit:.2f} {name}"
 
 
 def _free_gpu(device: torch.device) -> int:
@@ -110,6 +127,9 @@ class ActivationStore:
         else:
             self._data = _mapped(shape, dtype, file)
 
+        # Only float16 has a range that hidden states leave; kept on the device, so that writing never waits.
+        self._largest = torch.zeros((), device=device) if dtype == torch.float16 else None
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -139,8 +159,25 @@ class ActivationStore:
 
         Copies to pinned memory are not waited for: only reads by the same device follow, in the same order.
         """
+        if self._largest is not None:
+            self._largest = torch.maximum(self._largest, hidden_states.abs().amax().float())
         target = self._data[start : start + hidden_states.shape[0]]
         target.copy_(hidden_states, non_blocking=target.is_pinned() or target.is_cuda)
+
+    def check_range(self) -> None:
+        """Refuses finite hidden states that became infinite when they were kept; waits for the device.
+
+        Raises:
+            InputError: there were some since the store was made.
+        """
+        if self._largest is None:
+            return
+        largest, limit = self._largest.item(), torch.finfo(torch.float16).max
+        if limit < largest < math.inf:
+            raise InputError(
+                f"hidden states reach {largest:.3g} and --activation-dtype float16 holds {limit:.0f} at the most; "
+                "use --activation-dtype bfloat16 (as small) or float32"
+            )
 
     def copy_from(self, other: ActivationStore) -> None:
         """Overwrites the whole stream with another of the same shape."""

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class BlockFiles:
         try:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
             os.replace(partial, file)
-        except OSError as exc:
+        except (OSError, SafetensorError) as exc:  # safetensors has an error of its own for a full disk
             partial.unlink(missing_ok=True)
             raise CheckpointError(f"cannot write {file}: {exc}; free space there or choose another folder") from exc
 

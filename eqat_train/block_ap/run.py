@@ -13,6 +13,7 @@ for half of it.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from formats.model import write_model_config
 
 from ..hardware import peak_memory
 from ..models.decoder import find_decoder_layers, is_quantizable
-from ..models.loading import build_skeleton, load_parameters_, persistent_tensors, unload_
+from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
 from ..reporting.progress import Reporter
 from .activations import ActivationStore, Place, choose_place
 from .block_files import BlockFiles
@@ -40,7 +41,20 @@ from .trainer import Streams, advance_, forward_spans, train_block, validate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BlockApReport", "BlockApSettings", "BlockReport", "run_block_ap"]
+__all__ = ["BlockApReport", "BlockApSettings", "BlockReport", "check_block_ap", "run_block_ap"]
+
+
+def check_block_ap(model_folder: Path, settings: BlockApSettings, *, trust_remote_code: bool = False) -> None:
+    """Refuses a model or a scheme that ``run_block_ap`` would refuse, in seconds and before any data is needed.
+
+    Raises:
+        InputError: the model has no decoder blocks that can be trained.
+        UnsupportedSchemeError: the scheme does not fit a layer; the text names it and what works.
+        CheckpointError: the model folder is damaged, or its tensors are not those of the architecture.
+    """
+    with CheckpointReader(model_folder) as reader:
+        model = build_skeleton(model_folder, torch.float32, trust_remote_code=trust_remote_code)
+        _Run(reader, model, settings, Reporter()).check()
 
 
 def run_block_ap(
@@ -115,7 +129,8 @@ class _Run:
         self.ignore = [name for name, m in model.named_modules() if is_quantizable(m) and m not in inside]
 
     def check(self) -> None:
-        """Refuses what would fail later: a scheme that does not fit, or blocks whose tensors are not in the file."""
+        """Refuses what would fail later: a scheme that does not fit, or a file whose tensors are not the model's."""
+        check_names(self.model, self.reader.tensors, self.reader.folder)
         for index, layer in enumerate(self.layers):
             for name, module in layer.named_modules():
                 if is_quantizable(module):
@@ -161,7 +176,14 @@ class _Run:
             activation_dtype = self.settings.resolved_activation_dtype()
             samples = 2 * (len(train) + len(val))  # two streams
             nbytes = samples * train.shape[1] * hidden * activation_dtype.itemsize
-            choice = choose_place(self.settings.activations, nbytes, self.device, work_dir, self._reserved(train))
+            choice = choose_place(
+                self.settings.activations,
+                nbytes,
+                self.device,
+                work_dir,
+                reserved=self._reserved(train),
+                dtype=activation_dtype,
+            )
             self.reporter.message(str(choice))
             splits = []
             for name, tokens in (("train", train), ("val", val)):
@@ -176,6 +198,7 @@ class _Run:
                 )
                 for start, stop in forward_spans(full):
                     full.write(start, capture.inputs(tokens[start:stop]))
+                full.check_range()
                 quantized.copy_from(full)
                 splits.append(Streams(full, quantized))
         return calls, (splits[0], splits[1]), choice.place
@@ -194,8 +217,15 @@ class _Run:
         )
 
     def _load(self, index: int) -> nn.Module:
-        load_parameters_(self.layers[index], f"{self.path}.{index}", self.reader, self.device, torch.float32)
-        return self.layers[index]
+        prefix, layer = f"{self.path}.{index}", self.layers[index]
+        load_parameters_(layer, prefix, self.reader, self.device, torch.float32)
+        finite = torch.stack([parameter.isfinite().all() for parameter in layer.parameters()]).tolist()
+        for (name, _), good in zip(layer.named_parameters(), finite, strict=True):
+            if not good:
+                raise CheckpointError(
+                    f"{self.reader.folder}: tensor {prefix}.{name} holds NaN or infinity; fetch it again"
+                )
+        return layer
 
     def _trainable(self, index: int) -> TrainableBlock:
         prefix = f"{self.path}.{index}"
@@ -229,12 +259,18 @@ class _Run:
             advance_(split.full, layer, call, self.dtype)
         block = self._trainable(index)
         start_val_loss = validate(block, call, val, self.dtype)
+        if start_val_loss is not None and not math.isfinite(start_val_loss):
+            raise InputError(
+                f"block {index} ({self.path}.{index}): validation loss is {start_val_loss} before any training; "
+                "its hidden states overflow, compute with --dtype float32"
+            )
         steps = settings.epochs * -(-len(train.full) // settings.batch_size)
         with self.reporter.task(f"block {index + 1}/{len(self.layers)}", steps) as task:
             try:
                 train_losses, val_losses = train_block(block, call, train, val, settings, task)
             except TrainingDivergedError as exc:
-                kept = f"{index} finished blocks are kept in {files.folder}" if index else "no block was finished"
+                done = f"{index} finished block{'s are' if index > 1 else ' is'} kept in {files.folder}"
+                kept = done if index else "no block was finished"
                 raise TrainingDivergedError(
                     f"block {index} ({self.path}.{index}): {exc}; {kept}; lower the learning rates"
                 ) from exc

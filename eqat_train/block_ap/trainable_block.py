@@ -8,7 +8,6 @@ the shipped one: the same numbers in plain linears, and the tensors to store.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +16,11 @@ from torch.func import functional_call
 from formats import QuantizedLinear, QuantScheme, dequantize
 
 from ..models.decoder import is_quantizable
+from ..ops.straight_through import round_to_dtype
 from .capture import BlockCall
 from .fake_quant_linear import FakeQuantLinear
 
 __all__ = ["TrainableBlock"]
-
-
-class _StoredAs(torch.autograd.Function):
-    """Rounds to a dtype and back; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, dtype: torch.dtype) -> Tensor:
-        return value.to(dtype).to(value.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class TrainableBlock:
@@ -77,7 +65,7 @@ class TrainableBlock:
     def __call__(self, call: BlockCall, hidden_states: Tensor) -> Tensor:
         """Output hidden states ``[batch, seq, hidden]``, differentiable in every parameter."""
         rounded = {
-            name: _StoredAs.apply(parameter, self._stored_dtypes[name])
+            name: round_to_dtype(parameter, self._stored_dtypes[name])
             for name, parameter in self.others.items()
             if self._stored_dtypes[name] != parameter.dtype
         }

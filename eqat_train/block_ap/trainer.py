@@ -58,10 +58,15 @@ def forward_spans(store: ActivationStore) -> Iterator[tuple[int, int]]:
 
 @torch.no_grad()
 def advance_(store: ActivationStore, block: torch.nn.Module, call: BlockCall, compute_dtype: torch.dtype) -> None:
-    """Overwrites a stream with the block's output."""
+    """Overwrites a stream with the block's output.
+
+    Raises:
+        InputError: the stream is kept in a dtype that does not hold it.
+    """
     with _autocast(store.device, compute_dtype):
         for start, stop in forward_spans(store):
             store.write(start, call.run(block, store.read(start, stop)))
+    store.check_range()
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from typing import Any
 
 from formats.errors import InputError
 
+from ..error_text import first_line
+
 __all__ = ["open_dataset"]
 
 Rows = Callable[[], Iterable[Mapping[str, Any]]]
@@ -29,18 +31,13 @@ def open_dataset(spec: str, default_split: str = "train") -> tuple[tuple[str, ..
         data = datasets.load_dataset(name, config or None, split=split)
     except ConnectionError as error:
         raise InputError(
-            f"dataset {name!r} cannot be reached ({_first_line(error)}); give a local file, or connect and try again"
+            f"dataset {name!r} cannot be reached ({first_line(error)}); give a local file, or connect and try again"
         ) from error
     except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"no dataset {name!r} here or on the hub ({_first_line(error)}); "
+            f"no dataset {name!r} here or on the hub ({first_line(error)}); "
             "--data takes a .txt, .jsonl or .parquet file or a datasets id"
         ) from error
     except (ValueError, OSError) as error:
-        raise InputError(f"dataset {name!r} with split {split!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"dataset {name!r} with split {split!r} cannot be loaded: {first_line(error)}") from error
     return tuple(data.column_names), data._fingerprint, lambda: iter(data)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -22,7 +22,7 @@ from ..reporting.progress import Reporter
 from .chat import encode_conversation
 from .sources import DataSource
 from .streams import VALIDATION_SHARE, end_of_text_id
-from .token_cache import cached_file, tokenizer_fingerprint
+from .token_cache import cached, tokenizer_fingerprint
 from .windows import NO_LOSS, TokenWindows
 
 __all__ = ["InstructionWindows", "instruction_windows"]
@@ -80,9 +80,10 @@ def instruction_windows(
         examples = [encode_example(row, tokenizer, f"{source.name} row {number}") for number, row in rows]
         save_file(_collate(examples, seq_len, end_of_text_id(tokenizer)), path)
 
-    path = cached_file(
+    stored = cached(
         ".safetensors",
         build,
+        load_file,
         kind="instructions",
         data=source.fingerprint,
         tokenizer=tokenizer_fingerprint(tokenizer),
@@ -90,7 +91,6 @@ def instruction_windows(
         samples=samples + validation_samples,
         seed=seed,
     )
-    stored = load_file(path)
     dropped, truncated = stored["counts"].tolist()
     kept = len(stored["input_ids"])
     if not kept:

@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from formats.errors import InputError
 
+from ..error_text import first_line
 from .text_files import open_text
 
 __all__ = ["jsonl_columns", "jsonl_rows", "parquet_columns", "parquet_rows"]
@@ -58,7 +59,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"cannot read {path} as Parquet: {_first_line(error)}") from error
+        raise InputError(f"cannot read {path} as Parquet: {first_line(error)}") from error
 
 
 def parquet_columns(path: Path) -> tuple[str, ...]:
@@ -67,8 +68,4 @@ def parquet_columns(path: Path) -> tuple[str, ...]:
         with pyarrow.parquet.ParquetFile(path) as file:
             return tuple(file.schema_arrow.names)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"cannot read {path} as Parquet: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+        raise InputError(f"cannot read {path} as Parquet: {first_line(error)}") from error

@@ -20,7 +20,7 @@ from formats.errors import InputError
 
 from ..reporting.progress import Reporter
 from .sources import DataSource
-from .token_cache import cached_file, tokenizer_fingerprint
+from .token_cache import cached, tokenizer_fingerprint
 from .windows import TokenWindows
 
 __all__ = ["evaluation_windows", "token_stream", "training_windows"]
@@ -49,15 +49,20 @@ def token_stream(
         if not _write_stream(path, _tokenize(source.texts(), tokenizer, end)):
             raise InputError(f"{source.name} holds no text")
 
-    path = cached_file(
+    return cached(
         ".npy",
         build,
+        _read_stream,
         kind="text",
         data=source.fingerprint,
         tokenizer=tokenizer_fingerprint(tokenizer),
         end=end,
     )
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _read_stream(path: Path) -> TokenStream:
+    stream: TokenStream = np.load(path, mmap_mode="r", allow_pickle=False)  # refuses a truncated file
+    return stream
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

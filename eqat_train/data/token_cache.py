@@ -2,7 +2,8 @@
 
 Entries live in ``$EQAT_CACHE``, or in ``eqat`` below ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry's name is a hash of
 the data's content, the tokenizer, the settings and the version of this code, so a stale entry is never read. Entries
-are written to a temporary neighbour and renamed: concurrent writers each finish with the same complete file.
+are written to a temporary neighbour and renamed: concurrent writers each finish with the same complete file. An entry
+that cannot be read (truncated, say) is made again.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from formats.errors import InputError
 
-__all__ = ["cache_folder", "cached_file", "tokenizer_fingerprint"]
+__all__ = ["cache_folder", "cached", "tokenizer_fingerprint"]
+
+Entry = TypeVar("Entry")
 
 # Raise when the same data and settings would give other tokens or another file layout.
 CODE_VERSION = 1
@@ -43,12 +48,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def cached_file(suffix: str, build: Callable[[Path], None], **made_from: Any) -> Path:
-    """Path of a cache entry, built now if it is not there.
+def cached(suffix: str, build: Callable[[Path], None], read: Callable[[Path], Entry], **made_from: Any) -> Entry:
+    """A cache entry, built now if it is not there or is damaged.
 
     Args:
         suffix: file name ending, with its dot.
         build: writes the entry to the path it is given.
+        read: gives its content; raises ValueError, EOFError or SafetensorError when the file is damaged.
         made_from: JSON values that decide the content.
 
     Raises:
@@ -57,7 +63,8 @@ def cached_file(suffix: str, build: Callable[[Path], None], **made_from: Any) ->
     key = json.dumps({**made_from, "version": CODE_VERSION}, sort_keys=True)
     entry = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}{suffix}"
     if entry.exists():
-        return entry
+        with suppress(ValueError, EOFError, SafetensorError):
+            return read(entry)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".writing-", suffix=suffix, dir=entry.parent)
@@ -73,4 +80,4 @@ def cached_file(suffix: str, build: Callable[[Path], None], **made_from: Any) ->
             f"cannot write the token cache {entry.parent}: {error.strerror or error}; "
             "set EQAT_CACHE to a folder with room"
         ) from error
-    return entry
+    return read(entry)

@@ -7,8 +7,6 @@ straight-through to ``scale_dtype``, so the layer computes with the very scales 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from formats.types import SCALE_DTYPES
 
 from ..ops.dequant_matmul import dequant_matmul
 from ..ops.packed import PackedWeight
+from ..ops.straight_through import round_to_dtype
 
 __all__ = ["PackedLinear"]
 
@@ -94,7 +93,7 @@ class PackedLinear(nn.Module):
         """``[..., in]`` -> ``[..., out]`` in the dtype of ``x``, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        scales = _RoundStraightThrough.apply(self.scales, self.scale_dtype)
+        scales = round_to_dtype(self.scales, self.scale_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return dequant_matmul(x, self.packed_weight(), scales, bias, impl=self.impl)
 
@@ -105,15 +104,3 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, bias={self.bias is not None}{order}"
         )
-
-
-class _RoundStraightThrough(torch.autograd.Function):
-    """Rounds to a dtype and back; the gradient passes as if it did not."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return values.to(dtype).to(values.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output, None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from formats.errors import InputError
 
+from ..error_text import first_line
+
 __all__ = ["resolve_model"]
 
 ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "README*")
@@ -72,5 +74,6 @@ def _download(model: str, trust_remote_code: bool) -> Path:
             f"connect once and run: hf download {model}, or give a local folder"
         ) from exc
     except (HTTPError, OSError) as exc:
-        reason = next(iter(str(exc).splitlines()), type(exc).__name__)
-        raise InputError(f"{model} could not be downloaded: {reason}; try again, or give a local folder") from exc
+        raise InputError(
+            f"{model} could not be downloaded: {first_line(exc)}; try again, or give a local folder"
+        ) from exc

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from formats.errors import CheckpointError, InputError
 from formats.model import Checkpoint, open_checkpoint
 
+from ..error_text import first_line
 from .hub import resolve_model
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TensorSource",
     "build_skeleton",
+    "check_names",
     "fill_model_",
     "load_config",
     "load_dense_model",
@@ -41,6 +43,7 @@ __all__ = [
 
 # Old checkpoints carry this buffer in every layer; transformers computes it from the configuration.
 _IGNORED_TENSORS = (r"rotary_emb\.inv_freq$",)
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 class TensorSource(Protocol):
@@ -92,6 +95,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     Raises:
         InputError: the folder has no tokenizer that transformers can load.
     """
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer files ({', '.join(TOKENIZER_FILES)}); copy the model's own there")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as exc:
@@ -101,8 +106,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def _explain(source: object, what: str, exc: Exception) -> str:
     if "trust_remote_code" in str(exc):
         return f"{source} needs Python code of its own; read it, then allow it with --trust-remote-code"
-    reason = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
-    return f"{source}: transformers cannot load the {what}: {reason}"
+    return f"{source}: transformers cannot load the {what}: {first_line(exc)}"
 
 
 def persistent_tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -188,6 +192,24 @@ def load_dense_model(
         return model
 
 
+def check_names(model: PreTrainedModel, names: Iterable[str], folder: Path) -> None:
+    """Refuses tensors that a full-precision model has no place for and that transformers does not ignore either.
+
+    Raises:
+        CheckpointError: there is one; the text names it.
+    """
+    slots = {full for _, _, full in persistent_tensors(model)}
+    for name in names:
+        if name not in slots:
+            _check_ignored(model, name, folder)
+
+
+def _check_ignored(model: PreTrainedModel, name: str, folder: Path) -> None:
+    ignored = (*_IGNORED_TENSORS, *(model._keys_to_ignore_on_load_unexpected or ()))
+    if not any(re.search(pattern, name) for pattern in ignored):
+        raise CheckpointError(f"{folder}: unexpected tensor {name}; {type(model).__name__} has no such parameter")
+
+
 def fill_model_(
     model: PreTrainedModel,
     tensors: Iterable[tuple[str, Tensor]],
@@ -210,12 +232,10 @@ def fill_model_(
     """
     slots = {full: (owner, local) for owner, local, full in persistent_tensors(model) if full not in filled}
     missing = set(slots)
-    ignored = (*_IGNORED_TENSORS, *(model._keys_to_ignore_on_load_unexpected or ()))
     for name, tensor in tensors:
         if name not in slots:
-            if any(re.search(pattern, name) for pattern in ignored):
-                continue
-            raise CheckpointError(f"{folder}: unexpected tensor {name}; {type(model).__name__} has no such parameter")
+            _check_ignored(model, name, folder)
+            continue
         owner, local = slots[name]
         _check_shape(name, tensor, getattr(owner, local))
         _assign(owner, local, tensor.to(device))

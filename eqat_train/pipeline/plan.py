@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
+
+import torch
 
 from formats.checkpoint import CheckpointWriter
 from formats.errors import InputError
@@ -11,9 +15,10 @@ from formats.model import open_checkpoint
 from formats.sizes import parse_size
 from formats.types import QuantScheme
 
+from ..block_ap import check_block_ap
 from ..config import resolve_config
 from ..demo import DEMO_PROMPT, demo_folder, demo_text
-from ..models.loading import load_config, resolve_model
+from ..models.loading import build_skeleton, load_config, resolve_model
 from ..options import TrainConfig
 from .run_files import is_demo_output
 from .stage_settings import block_ap_settings, e2e_settings
@@ -65,12 +70,16 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     if demo and config.stage == "e2e-qp":
         raise InputError("--stage e2e-qp starts from a finished native or GPTQ checkpoint; give its folder as MODEL")
     model = demo_folder() if demo else resolve_model(str(config.model), trust_remote_code=config.trust_remote_code)
-    scheme = _scheme(model, config.stage)
+    scheme, scale_dtype = _start(model, config.stage)
     architecture = load_config(model, trust_remote_code=config.trust_remote_code).get_text_config()
     context = getattr(architecture, "max_position_embeddings", None)
-    saved, found = resolve_config(config, context=context, scheme=scheme)
-    block_ap_settings(saved)  # refuses values that do not go together
-    e2e_settings(saved)
+    saved, found = resolve_config(config, context=context, scheme=scheme, scale_dtype=scale_dtype)
+    if saved.stage == "e2e-qp":
+        build_skeleton(model, torch.float32, trust_remote_code=config.trust_remote_code)  # refuses what it cannot build
+    else:
+        check_block_ap(model, block_ap_settings(saved), trust_remote_code=config.trust_remote_code)
+    if saved.stage != "block-ap":
+        e2e_settings(saved)  # refuses values that do not go together
     out = Path(saved.out) if saved.out is not None else _default_output(saved, model, demo)
     keep = Path(saved.keep_block_ap) if saved.keep_block_ap is not None and saved.stage == "all" else None
     notes = list(found)
@@ -79,7 +88,11 @@ def make_plan(config: TrainConfig) -> TrainPlan:
         notes.append(f"replacing the previous demo in {out}")
     force = saved.force or replace_demo
     shard_size = parse_size(saved.shard_size)
-    _check_outputs(model, out, keep, shard_size, force)
+    work = Path(saved.work) if saved.work is not None else out.with_name(f"{out.name}.work")
+    _check_places({"MODEL": model, "--out": out, "--keep-block-ap": keep, "--work": work})
+    for place in (out, keep):
+        if place is not None:
+            CheckpointWriter(place, shard_size=shard_size, force=force)  # refuses what it may not replace
     running = saved
     if demo:
         notes.insert(0, f"no MODEL given: the demo model ({_size(model):.0f} MB) and text that ship with eqat")
@@ -89,7 +102,6 @@ def make_plan(config: TrainConfig) -> TrainPlan:
             eval_data=saved.eval_data or str(demo_text("heldout")),
             prompt=saved.prompt or DEMO_PROMPT,
         )
-    work = Path(saved.work) if saved.work is not None else out.with_name(f"{out.name}.work")
     saved = replace(saved, out=str(out))
     return TrainPlan(
         config=running,
@@ -106,9 +118,11 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     )
 
 
-def _scheme(model: Path, stage: str) -> QuantScheme | None:
+def _start(model: Path, stage: str) -> tuple[QuantScheme | None, str]:
+    """Scheme of the checkpoint that a run starts from, None in full precision, and the dtype of scales it leads to."""
     with open_checkpoint(model) as checkpoint:
         scheme, fmt = checkpoint.scheme, checkpoint.format
+        scales = checkpoint.layer(checkpoint.layer_names[0]).scales.dtype if checkpoint.layer_names else torch.float16
     if scheme is None and stage == "e2e-qp":
         raise InputError(
             f"{model} is in full precision; --stage e2e-qp starts from a finished native or GPTQ checkpoint "
@@ -119,7 +133,7 @@ def _scheme(model: Path, stage: str) -> QuantScheme | None:
             f"{model} is already quantized ({fmt.id}, {scheme}); Block-AP starts from full precision: "
             "give the original model, or train its scales with --stage e2e-qp"
         )
-    return scheme
+    return scheme, str(scales).removeprefix("torch.")
 
 
 def _default_output(config: TrainConfig, model: Path, demo: bool) -> Path:
@@ -132,19 +146,15 @@ def _default_output(config: TrainConfig, model: Path, demo: bool) -> Path:
     return OUTPUT_ROOT / f"{name}-w{config.bits}g{config.group}{ending}"
 
 
-def _check_outputs(model: Path, out: Path, keep: Path | None, shard_size: int, force: bool) -> None:
-    places = {"MODEL": model, "--out": out, "--keep-block-ap": keep}
-    taken: dict[Path, str] = {}
-    for name, place in places.items():
-        if place is None:
-            continue
-        resolved = place.resolve()
-        if resolved in taken:
-            raise InputError(f"{name} and {taken[resolved]} are the same folder {place}; give {name} another one")
-        taken[resolved] = name
-    for place in (out, keep):
-        if place is not None:
-            CheckpointWriter(place, shard_size=shard_size, force=force)  # refuses what it may not replace
+def _check_places(places: Mapping[str, Path | None]) -> None:
+    """Folders that a run replaces or removes as a whole hold none of the others; only MODEL may hold outputs."""
+    resolved = {name: place.resolve() for name, place in places.items() if place is not None}
+    for (first, one), (second, other) in combinations(resolved.items(), 2):
+        if one == other:
+            raise InputError(f"{second} and {first} are the same folder {one}; give {second} another one")
+        for (inner, inside), (outer, outside) in (((first, one), (second, other)), ((second, other), (first, one))):
+            if outer != "MODEL" and inside.is_relative_to(outside):
+                raise InputError(f"{inner} {inside} lies in {outer} {outside}; give folders beside each other")
 
 
 def _size(folder: Path) -> float:

@@ -16,6 +16,8 @@ import yaml
 from formats.errors import CheckpointError
 from formats.version import __version__
 
+from ..reporting.reporters import json_values
+
 __all__ = ["CONFIG_FILE", "LOG_FILE", "REPORT_FILE", "is_demo_output", "publish", "write_report"]
 
 CONFIG_FILE = "eqat_config.yaml"
@@ -42,8 +44,8 @@ def write_report(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "demo": demo,
         "seconds": seconds,
-        "settings": settings,
-        "results": list(results),
+        "settings": json_values(settings),
+        "results": [json_values(result) for result in results],
         "events": list(events),
     }
     file.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")

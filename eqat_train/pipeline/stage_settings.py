@@ -30,7 +30,7 @@ def block_ap_settings(config: TrainConfig) -> BlockApSettings:
     Raises:
         InputError: values that contradict each other.
     """
-    if config.bits is None or config.group is None or config.lr_weight is None:
+    if config.bits is None or config.group is None or config.lr_weight is None or config.scale_dtype is None:
         raise ValueError("the configuration is not resolved")
     device, dtype = compute_target(config)
     return BlockApSettings(
@@ -57,6 +57,8 @@ def e2e_settings(config: TrainConfig) -> E2eSettings:
     Raises:
         InputError: a value outside its range.
     """
+    if config.scale_dtype is None:
+        raise ValueError("the configuration is not resolved")
     device, dtype = compute_target(config)
     return E2eSettings(
         epochs=config.e2e_epochs,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from formats import history
-from formats.errors import TrainingDivergedError
+from formats.errors import EqatError, InputError, TrainingDivergedError
 
 from ..block_ap.run import BlockApSettings, run_block_ap
 from ..config import save_config
@@ -60,7 +60,20 @@ def train(config: TrainConfig, reporter: Reporter) -> TrainResult:
     """
     plan = make_plan(config)
     with WorkFolder(plan.work) as work:
-        return _Run(plan, work, reporter).run()
+        try:
+            return _Run(plan, work, reporter).run()
+        except torch.OutOfMemoryError as error:
+            raise _explain(error) from error
+
+
+def _explain(error: EqatError | torch.OutOfMemoryError) -> EqatError:
+    """The error for the user: what to do when the GPU's memory is too small, any other as it is."""
+    if isinstance(error, EqatError):
+        return error
+    return InputError(
+        "the GPU is out of memory; use a smaller --batch or --seq-len (Block-AP) or --e2e-micro-batch 1 (E2E-QP), "
+        "--activations ram, or --device cpu"
+    )
 
 
 class _Run:
@@ -107,10 +120,9 @@ class _Run:
         """Measures the full-precision model and, unless that is the run's own result, round-to-nearest."""
         rounded = self.work.path / "round-to-nearest"
         wanted = self.config.epochs > 0 and self.measurement.wanted
-        if wanted:  # first, because a scheme that does not fit the model shows here, within seconds
-            self._run_block_ap(replace(block_ap_settings(self.config), epochs=0), rounded, Reporter())
         self.measure("full precision", self.plan.model)
         if wanted:
+            self._run_block_ap(replace(block_ap_settings(self.config), epochs=0), rounded, Reporter())
             self.measure("round-to-nearest", rounded)
             shutil.rmtree(rounded)
 
@@ -162,11 +174,13 @@ class _Run:
                 force=self.plan.force,
                 trust_remote_code=self.config.trust_remote_code,
             )
-        except TrainingDivergedError as error:
+        except (EqatError, torch.OutOfMemoryError) as error:
+            failure = _explain(error)
             if checkpoint == self.plan.model:
-                raise
-            raise TrainingDivergedError(
-                f"{error}; Block-AP's checkpoint is kept: eqat train {checkpoint} --stage e2e-qp with a lower --lr-e2e"
+                raise failure from error
+            lower = " --lr-e2e LOWER" if isinstance(error, TrainingDivergedError) else ""
+            raise type(failure)(
+                f"{failure}; Block-AP's checkpoint is kept, go on with: eqat train {checkpoint} --stage e2e-qp{lower}"
             ) from error
         self.record()
         self.measure("E2E-QP", self.plan.out)

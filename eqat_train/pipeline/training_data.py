@@ -78,7 +78,7 @@ def _block_ap_windows(
     train, validation = training_windows(
         stream, _known(config.seq_len), config.samples, config.val_samples, config.seed
     )
-    _report(reporter, "Block-AP", config.data, train, validation)
+    _report(reporter, "Block-AP", config.data, train, validation, text_tokens=len(stream))
     return train, validation
 
 
@@ -89,6 +89,7 @@ def _e2e_windows(
     if spec is None:
         raise InputError("E2E-QP needs --e2e-data or --data: a .txt, .jsonl or .parquet file or a datasets id")
     source = open_source(spec)
+    text_tokens = None
     seq_len, seed = _known(config.e2e_seq_len), config.seed + E2E_SEED_OFFSET
     # A file with both columns is instructions when it was given for E2E-QP, and text when it is Block-AP's.
     if source.has_instructions and (config.e2e_data is not None or not source.has_text):
@@ -109,12 +110,21 @@ def _e2e_windows(
         train, validation = found.train, found.validation
     else:
         stream = token_stream(source, tokenizer, reporter)
+        text_tokens = len(stream)
         train, validation = training_windows(stream, seq_len, config.e2e_samples, config.val_samples, seed)
-    _report(reporter, "E2E-QP", spec, train, validation)
+    _report(reporter, "E2E-QP", spec, train, validation, text_tokens=text_tokens)
     return train, validation
 
 
-def _report(reporter: Reporter, stage: str, spec: str, train: TokenWindows, validation: TokenWindows | None) -> None:
+def _report(
+    reporter: Reporter,
+    stage: str,
+    spec: str,
+    train: TokenWindows,
+    validation: TokenWindows | None,
+    *,
+    text_tokens: int | None,
+) -> None:
     reporter.event(
         "data",
         stage=stage,
@@ -123,6 +133,7 @@ def _report(reporter: Reporter, stage: str, spec: str, train: TokenWindows, vali
         seq_len=train.seq_len,
         loss_tokens=train.loss_tokens,
         validation_windows=0 if validation is None else len(validation),
+        text_tokens=text_tokens,
     )
 
 

@@ -17,9 +17,7 @@ def describe_event(kind: str, fields: Mapping[str, Any]) -> str | None:
     if kind == "evaluation" and fields["perplexity"] is not None:
         return f"{fields['model']}: perplexity {fields['perplexity']:.2f}"
     if kind == "data":
-        return (
-            f"{fields['stage']} data: {fields['windows']} windows of {fields['seq_len']} tokens from {fields['data']}"
-        )
+        return _data(fields)
     if kind == "done":
         return (
             f"native checkpoint: {fields['out']} ({fields['seconds']:.0f} s)\n"
@@ -27,6 +25,16 @@ def describe_event(kind: str, fields: Mapping[str, Any]) -> str | None:
             "      eqat verify"
         )
     return None
+
+
+def _data(fields: Mapping[str, Any]) -> str:
+    windows, seq_len, text = fields["windows"], fields["seq_len"], fields["text_tokens"]
+    line = f"{fields['stage']} data: {windows} windows of {seq_len} tokens from {fields['data']}"
+    if text is not None and windows * seq_len > text:
+        line += (
+            f", overlapping: the text has {text:,} tokens, so each is read about {windows * seq_len / text:.1f} times"
+        )
+    return line
 
 
 def _block(fields: Mapping[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ __all__ = [
     "LogFileReporter",
     "StageReporter",
     "TerminalReporter",
+    "json_values",
 ]
 
 # Seconds between two progress records of one task in JSON.

@@ -54,4 +54,4 @@ def _print_sample(console: Console, prompt: str, sample: str) -> None:
     # A broken model may say anything, terminal escapes included.
     shown = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in sample)
     text = Text().append(prompt, style="dim").append(shown)
-    console.print(Padding(text, (0, 0, 1, 2)))
+    console.print(Padding(text, (0, 0, 1, 2), expand=False))

@@ -102,8 +102,8 @@ def test_memory_that_training_needs_is_not_room(room: dict[str, int], tmp_path: 
     [
         ("gpu", 100, "need a CUDA device and the device is cpu"),
         ("tape", 100, "activations is 'tape'; allowed are auto, gpu, ram and disk"),
-        ("ram", 9_000, "activations take .* GiB and usable are"),
-        ("auto", 10**6, "use fewer samples"),
+        ("ram", 9_000, r"activations take 8\.79 KiB .* usable are ram 5\.86 KiB; .*--activations auto"),
+        ("auto", 10**6, "fewer --samples.*--work on a larger disk"),
     ],
 )
 def test_a_place_that_cannot_hold_the_streams_is_refused(
@@ -116,3 +116,28 @@ def test_a_place_that_cannot_hold_the_streams_is_refused(
 def test_the_choice_says_where_and_how_much(room: dict[str, int], tmp_path: Path) -> None:
     room["ram"] = 2**40
     assert str(choose_place("ram", 3 * 2**30, CPU, tmp_path)) == "activations in RAM: 3.00 GiB"
+
+
+@pytest.mark.parametrize("place", ["ram", "disk"])
+def test_hidden_states_beyond_float16_are_refused_with_the_option(place: str, tmp_path: Path) -> None:
+    with ActivationStore((2, 3, 4), torch.float16, place, CPU, tmp_path / "stream.bin") as store:
+        store.write(0, torch.full((1, 3, 4), 65504.0))
+        store.check_range()
+        store.write(1, torch.full((1, 3, 4), -1e5))
+        with pytest.raises(InputError, match=r"reach 1e\+05 and --activation-dtype float16 holds 65504"):
+            store.check_range()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wider_dtypes_hold_large_hidden_states(dtype: torch.dtype, tmp_path: Path) -> None:
+    with ActivationStore((1, 3, 4), dtype, "ram", CPU, tmp_path / "stream.bin") as store:
+        store.write(0, torch.full((1, 3, 4), 1e30))
+        store.check_range()
+
+
+def test_advice_names_the_options_that_take_less_room(room: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"take 1\.00 GiB in float32 .*--activation-dtype bfloat16 .*fewer --samples"):
+        choose_place("auto", 2**30, CPU, tmp_path, dtype=torch.float32)
+    with pytest.raises(InputError, match="in bfloat16") as caught:
+        choose_place("auto", 2**30, CPU, tmp_path, dtype=torch.bfloat16)
+    assert "--activation-dtype" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Settings: names, types, ranges, precedence, and what depends on the model."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,39 @@ def test_scales_alone_keep_the_checkpoints_scheme() -> None:
     assert (config.bits, config.group, config.lr_e2e) == (3, 128, 1e-5)
     with pytest.raises(InputError, match=r"bits 2 and group 128.*checkpoint is w3g128"):
         resolve_config(build_config({"model": "m", "bits": 2}), context=None, scheme=scheme)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lr_weight", math.inf, "--lr-weight is inf; allowed are finite numbers"),
+        ("weight_decay", math.inf, "--weight-decay is inf; allowed are finite numbers"),
+        ("seed", 2**63, r"--seed is 9223372036854775808; allowed are integers from 0 to 2\*\*62"),
+        ("model", "", "MODEL is empty; give a value or leave it out"),
+        ("data", " ", "--data is empty; give a value or leave it out"),
+        ("out", "", "--out is empty; give a value or leave it out"),
+    ],
+)
+def test_values_that_later_steps_cannot_take_are_refused_at_once(name: str, value: object, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        build_config({name: value})
+
+
+def test_an_empty_prompt_and_no_clipping_are_values_too() -> None:
+    config = build_config({"prompt": "", "max_grad_norm": math.inf})
+    assert config.prompt == "" and config.max_grad_norm == math.inf
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, ["--seq-len is 128", "--e2e-seq-len is 128"]),
+        ({"stage": "block-ap"}, ["--seq-len is 128"]),
+        ({"stage": "e2e-qp"}, ["--e2e-seq-len is 128"]),
+        ({"stage": "e2e-qp", "eval_data": "a.txt"}, ["--seq-len is 128", "--e2e-seq-len is 128"]),
+    ],
+)
+def test_only_lengths_that_the_run_uses_are_remarked_on(changed: dict[str, str], expected: list[str]) -> None:
+    config = build_config({"model": "m", **changed})
+    _, notes = resolve_config(config, context=128, scheme=None)
+    assert [note.partition(",")[0] for note in notes] == expected

@@ -193,3 +193,18 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path, cache: Path)
 def test_windows_of_a_wrong_shape_or_dtype_are_refused(ids: torch.Tensor, labels: torch.Tensor) -> None:
     with pytest.raises(InputError):
         TokenWindows(ids, labels)
+
+
+@pytest.mark.parametrize("left", [0, 10, 130, -4])
+def test_a_truncated_cache_entry_is_made_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, left: int
+) -> None:
+    spec = write(tmp_path / "t.txt", "some words " * 50)
+    whole = stream_of(spec, tokenizer).tolist()
+    (entry,) = cache.iterdir()
+    os.truncate(entry, left if left >= 0 else entry.stat().st_size + left)
+    said = Messages()
+    assert stream_of(spec, tokenizer, said).tolist() == whole
+    assert len(said.texts) == 1 and len(list(cache.iterdir())) == 1
+    assert stream_of(spec, tokenizer, said).tolist() == whole
+    assert len(said.texts) == 1

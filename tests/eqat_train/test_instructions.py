@@ -1,6 +1,7 @@
 """Instruction data: the loss is on the answers, all of them and nothing else."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,18 @@ def test_rows_that_cannot_be_used_are_named(
 ) -> None:
     with pytest.raises(InputError, match=expected):
         load(tmp_path, [row], tokenizer)
+
+
+def test_a_truncated_cache_entry_is_made_again(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"instruction": "say {i}", "output": "{i}"}}\n' for i in range(20)), encoding="utf-8")
+
+    def windows() -> torch.Tensor:
+        source = open_source(str(file))
+        found = instruction_windows(source, tokenizer, 400, samples=10, validation_samples=2, seed=0)
+        return found.train.input_ids
+
+    whole = windows()
+    (entry,) = (tmp_path / "cache").iterdir()
+    os.truncate(entry, entry.stat().st_size - 100)
+    assert torch.equal(windows(), whole)

@@ -1,12 +1,15 @@
 """A training run as a whole: what it leaves, what it refuses, and what happens when it stops."""
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import quantize_folder, rewrite
 from tiny_models import save_tiny_model
 
@@ -15,7 +18,14 @@ from eqat_train.config import TrainConfig, build_config
 from eqat_train.pipeline.train import TrainResult, train
 from eqat_train.reporting.progress import Reporter
 from formats import QuantScheme, history
-from formats.errors import EqatError, InputError, OutputExistsError, TrainingDivergedError, UnsupportedSchemeError
+from formats.errors import (
+    CheckpointError,
+    EqatError,
+    InputError,
+    OutputExistsError,
+    TrainingDivergedError,
+    UnsupportedSchemeError,
+)
 from formats.model import open_checkpoint
 
 Config = Callable[..., TrainConfig]
@@ -95,6 +105,14 @@ def test_block_ap_alone_writes_its_result_and_e2e_qp_goes_on_from_it_changing_sc
         assert all(torch.equal(a.get(name), b.get(name)) for name in a.passthrough_names)
 
 
+def test_e2e_qp_alone_keeps_the_dtype_of_the_scales_unless_told(here: Path, config: Config) -> None:
+    first = run(config(stage="block-ap", scale_dtype="bfloat16")).out
+    for asked, expected in ((None, torch.bfloat16), ("float16", torch.float16)):
+        second = run(config(model=str(first), stage="e2e-qp", group=None, scale_dtype=asked, out=f"made-{asked}"))
+        with open_checkpoint(second.out) as checkpoint:
+            assert {checkpoint.layer(name).scales.dtype for name in checkpoint.layer_names} == {expected}
+
+
 @pytest.mark.parametrize("format_id", ["gptq", "gptq_v2"])
 def test_e2e_qp_starts_from_gptq_with_instructions(
     here: Path, tiny_folder: Path, config: Config, format_id: str
@@ -171,7 +189,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[EqatError], str]] = {
     "size": ({"shard_size": "many"}, InputError, "'many'"),
     "device": ({"device": "tpu"}, InputError, "'tpu'"),
     "two outputs in one": ({"keep_block_ap": "made", "out": "made"}, InputError, "same folder"),
-    "work folder of someone else": ({"work": "."}, InputError, "not eqat's"),
+    "work folder of someone else": ({"work": "notes"}, InputError, "not eqat's"),
     "nothing to train": ({"lr_weight": 0.0, "lr_scale": 0.0, "lr_zero": 0.0}, InputError, "nothing would be trained"),
 }
 
@@ -183,6 +201,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 ) -> None:
     (here / "short.txt").write_text("too short", encoding="utf-8")
     (here / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}', encoding="utf-8")
+    (here / "notes").touch()
     before = entries(here)
     changed, kind, expected = REFUSED[case]
     with pytest.raises(kind, match=expected) as caught:
@@ -260,9 +279,80 @@ def test_a_failure_after_block_ap_keeps_its_checkpoint(
     here: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_in(monkeypatch, "run_e2e_qp", torch.OutOfMemoryError("out of memory"))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        InputError, match=r"GPU is out of memory.*--e2e-micro-batch 1.*checkpoint is kept.*block-ap --stage"
+    ):
         run(config())
     assert codes(here / "eqat-out" / "tiny-w2g32.work" / "block-ap")
+
+
+def test_memory_that_runs_out_in_block_ap_names_what_needs_less(
+    here: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = entries(here)
+    stop_in(monkeypatch, "run_block_ap", torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(InputError, match=r"GPU is out of memory.*--batch"):
+        run(config())
+    assert entries(here) == before
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"out": "a", "keep_block_ap": "a/b"},
+        {"out": "a/b", "keep_block_ap": "a"},
+        {"out": "a/b", "work": "a"},
+        {"out": "a", "work": "a/b"},
+        {"out": "a", "work": "a"},
+        {"out": "b", "work": "a", "keep_block_ap": "a/kept"},
+    ],
+)
+def test_a_folder_that_is_replaced_or_removed_holds_no_other(
+    here: Path, config: Config, places: dict[str, str]
+) -> None:
+    before = entries(here)
+    with pytest.raises(InputError, match=r"lies in|the same folder"):
+        run(config(**places))
+    assert entries(here) == before
+
+
+def test_an_output_around_the_model_is_refused_and_one_inside_is_not(here: Path, config: Config) -> None:
+    save_tiny_model(here / "outer" / "model")
+    (here / "outer" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"MODEL .* lies in --out"):
+        run(config(model="outer/model", out="outer", force=True))
+    assert run(config(model="outer/model", out="outer/model/quantized", stage="block-ap", epochs=0)).out.is_dir()
+
+
+def test_a_model_or_scheme_that_cannot_be_trained_is_refused_before_data_is_read(
+    here: Path, tiny_folder: Path, config: Config
+) -> None:
+    with pytest.raises(UnsupportedSchemeError, match="group_size 48"):
+        run(config(group=48, data="absent.txt"))
+    model = shutil.copytree(tiny_folder, here / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "vision.extra": torch.ones(2)}, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected tensor vision\.extra"):
+        run(config(model="model", data="absent.txt"))
+
+
+def test_weights_that_are_not_finite_are_named(here: Path, tiny_folder: Path, config: Config) -> None:
+    model = shutil.copytree(tiny_folder, here / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, model / "model.safetensors")
+    for epochs in (0, 1):
+        with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+            run(config(model="model", epochs=epochs))
+        assert not OUT.exists() and not (here / "eqat-out").exists()
+
+
+def test_infinite_settings_and_results_reach_the_report(here: Path, config: Config) -> None:
+    out = run(config(max_grad_norm=math.inf, min_lr_factor=math.inf)).out
+    settings = json.loads((out / "training_report.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["max_grad_norm"] == settings["min_lr_factor"] == "inf"
+    run(build_config({"out": "again"}, out / "eqat_config.yaml"))
+    assert (out / "model.safetensors").read_bytes() == Path("again", "model.safetensors").read_bytes()
 
 
 def test_a_work_folder_in_use_is_refused(here: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
