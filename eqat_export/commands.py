@@ -47,7 +47,7 @@ def export_command(
             raise InputError("no native checkpoint was made in this directory; name one, or make one with eqat train")
         if not silent:
             remarks().print(f"exporting {checkpoint}, the last native checkpoint made here", soft_wrap=True)
-    out = out if out is not None else checkpoint.with_name(f"{checkpoint.resolve().name}-{to}")
+    out = out if out is not None else _beside(checkpoint, to)
     with ExitStack() as stack:
 
         def start(total: int) -> Callable[[str], None]:
@@ -212,6 +212,12 @@ def _last_exports(against: Path | None) -> list[tuple[Path, Path | None]]:
         fix = f"make one with eqat export {native} --to gptq" if native else "name a checkpoint"
         raise InputError(f"nothing was exported in this directory yet; {fix}")
     return [(path, against or history.source_of(path)) for path in exports]
+
+
+def _beside(checkpoint: Path, to: str) -> Path:
+    """The output's name where none is given; ``.`` and ``..`` have no name of their own."""
+    named = checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()
+    return named.with_name(f"{named.resolve().name}-{to}") if named.name else named / f"checkpoint-{to}"
 
 
 def _remember(out: Path, source: Path, to: str) -> bool:

@@ -106,10 +106,19 @@ def compare_checkpoints(
         if name in theirs:
             findings += compare_values(name, checkpoint.get(name), truth.get(name))
             result.tensors += 1
+    if not _same_grouping(checkpoint, truth):
+        same = all(row.ok for row in result.rows)
+        text = f"{checkpoint.scheme} here, {truth.scheme} in {result.against}"
+        findings.insert(0, note("scheme", text) if same else error("scheme", text))
     # training moves norms, and adds tokens: against the original model that is no defect
     result.findings = [replace(finding, severity="note") for finding in findings] if result.informational else findings
     result.rows.sort(key=lambda row: (row.ok, -row.relative))
     return result
+
+
+def _same_grouping(checkpoint: Checkpoint, truth: Checkpoint) -> bool:
+    ours, theirs = checkpoint.scheme, truth.scheme
+    return ours is None or theirs is None or (ours.bits, ours.group_size) == (theirs.bits, theirs.group_size)
 
 
 def _layers(checkpoint: Checkpoint, quantized: dict[str, None]) -> dict[str, None]:
@@ -139,7 +148,7 @@ def _compare_layer(
     try:
         ours, theirs = _load(checkpoint, name), _load(truth, name)
     except (CheckpointError, InvalidLayerError) as exc:
-        yield error(name, str(exc))
+        yield error(name, str(exc.__cause__ or exc))
         return
     weight, exact = _dense(ours), _dense(theirs)
     if weight.shape != exact.shape:

@@ -169,7 +169,7 @@ def inspect_checkpoint(
         format_id=form.id if form else None,
         title=form.title if form else "full precision",
         producer=producer(checkpoint),
-        architecture=", ".join(checkpoint.reader.config.get("architectures") or ["unknown"]),
+        architecture=_architecture(checkpoint.reader.config),
         layers=len(names),
     )
     for name in names:
@@ -185,13 +185,18 @@ def producer(checkpoint: Checkpoint) -> str:
     meta = checkpoint.reader.quantization_config.get("meta")
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
     if quantizer:
-        return ", ".join(quantizer) if isinstance(quantizer, list) else str(quantizer)
+        return ", ".join(map(str, quantizer)) if isinstance(quantizer, list) else str(quantizer)
     version = checkpoint.reader.quantization_config.get("version")
     if checkpoint.reader.quantization_config.get("quant_method") == "eqat":
         return f"eqat {version}" if version else "eqat"
     if checkpoint.format is not None and not checkpoint.reader.quantization_config:
         return "EfficientQAT (no quantization_config)"
     return "not recorded"
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    return ", ".join(map(str, named)) if isinstance(named, list) and named else "unknown"
 
 
 def scale_exponents(scales: Tensor) -> Counter[int]:

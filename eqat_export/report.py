@@ -94,7 +94,7 @@ def show_comparison(comparison: CheckpointComparison, console: Console) -> None:
     rows = comparison.rows
     if comparison.informational:
         console.print(f"  quantization error against {escape(comparison.against)}", soft_wrap=True)
-    differing = rows if comparison.informational else [row for row in rows if not row.ok or row.error > 0]
+    differing = [row for row in rows if not row.ok or row.error > 0]
     if rows and not differing:
         console.print(f"  all {len(rows)} layers hold the same weights, bit for bit")
     if not differing:

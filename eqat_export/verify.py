@@ -16,7 +16,7 @@ import torch
 from eqat_export.findings import Finding, error, failed, note, warning
 from formats.checkpoint_reader import QUANTIZATION_FILES, read_json
 from formats.errors import CheckpointError, InvalidLayerError
-from formats.gptq import GptqV2Format
+from formats.gptq import GptqV2Format, dynamic_rules
 from formats.gptq_zeros import diagnose_zeros
 from formats.model import Checkpoint
 
@@ -34,7 +34,10 @@ def verify_checkpoint(checkpoint: Checkpoint, step: Callable[[str], None] = lamb
         step: called with each layer's name once it is done.
     """
     findings = list(_check_configuration(checkpoint))
-    findings += _check_modules(checkpoint)
+    try:
+        findings += _check_modules(checkpoint)
+    except CheckpointError as exc:
+        findings.append(error("configuration", str(exc)))
     scales: Counter[str] = Counter()
     for name in checkpoint.layer_names:
         findings += _check_layer(checkpoint, name, scales)
@@ -87,11 +90,13 @@ def _check_modules(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _ignored(quantization: dict[str, Any]) -> list[re.Pattern[str]]:
     """What a configuration keeps in full precision, in every format's words."""
     named = quantization.get("modules_to_not_convert") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"modules_to_not_convert is {named!r}; expected a list of module paths")
     patterns = [re.compile(rf"{re.escape(name)}(\.|$)") for name in named]
     if quantization.get("lm_head") is False:
         patterns.append(re.compile(r"lm_head$"))
-    dynamic = quantization.get("dynamic") or {}  # gptqmodel's: "-:regex" leaves modules out
-    return patterns + [re.compile(key.removeprefix("-:")) for key in dynamic if key.startswith("-:")]
+    left_out = (key for key in dynamic_rules(quantization) if key.startswith("-:"))
+    return patterns + [re.compile(key.removeprefix("-:")) for key in left_out]
 
 
 def _block(name: str) -> str:
@@ -105,7 +110,7 @@ def _check_layer(checkpoint: Checkpoint, name: str, scales: Counter[str]) -> Ite
     try:
         layer = checkpoint.layer(name)
     except (CheckpointError, InvalidLayerError) as exc:
-        yield error(name, str(exc))
+        yield error(name, str(exc.__cause__ or exc))  # the cause names no layer: this line does
         return
     scales["zero"] += int((layer.scales == 0).sum())
     scales["negative"] += int((layer.scales < 0).sum())
@@ -129,7 +134,10 @@ def _check_passthrough(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _check_zero_convention(checkpoint: Checkpoint) -> Iterator[Finding]:
     diagnosis = diagnose_zeros(checkpoint)
     text = "; ".join((diagnosis.verdict, *diagnosis.evidence))
-    if diagnosis.contradicted:
+    read_as = checkpoint.format.id if checkpoint.format else None
+    if diagnosis.follows is not None and read_as not in (diagnosis.label, diagnosis.follows):
+        yield error("qzeros", f"read as {read_as} by --from, against the label and the values: {text}")
+    elif diagnosis.contradicted:
         yield error("qzeros", text)
     elif diagnosis.wrapped:
         yield warning("qzeros", text)

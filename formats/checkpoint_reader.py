@@ -8,6 +8,7 @@ that of the tensors alive, whatever the size of a shard.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -47,7 +48,13 @@ class CheckpointReader:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "does not exist"
-            raise CheckpointError(f"checkpoint folder {self.folder} {what}; give a folder with config.json and weights")
+            raise CheckpointError(
+                f"checkpoint folder {self.folder} {what}; give a local folder with config.json and weights"
+            )
+        if not os.path.lexists(self.folder / "config.json"):
+            raise CheckpointError(
+                f"{self.folder} has no config.json; a checkpoint is a folder with config.json and safetensors weights"
+            )
         self.config = read_json(self.folder / "config.json")
         self.quantization_config = self._find_quantization_config()
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(self._read_headers())

@@ -25,7 +25,7 @@ from .checkpoint_reader import INDEX_NAME, QUANTIZATION_FILES, SINGLE_NAME
 from .errors import CheckpointError, InputError, OutputExistsError
 from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES, build_header
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["TRAINING_FILES", "CheckpointWriter"]
 
 HEADER_BYTES = 256 * 1024  # room for about 2000 tensors a shard
 MAX_SLACK = 0.01  # share of a shard that reserved header space may waste
@@ -35,7 +35,9 @@ _LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COMPANION_SUFFIXES = {".json", ".jinja", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt"}
 _COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _COMPANION_FOLDERS = ("additional_chat_templates",)
-_NEVER_COPIED = {"config.json", *QUANTIZATION_FILES}
+# What eqat train leaves beside its checkpoint tells about that run, not about a conversion of its result.
+TRAINING_FILES = ("eqat_config.yaml", "train.log", "training_report.json")
+_NEVER_COPIED = {"config.json", *QUANTIZATION_FILES, *TRAINING_FILES}
 
 
 class CheckpointWriter:
@@ -98,8 +100,11 @@ class CheckpointWriter:
     def copy_companions(self, source_folder: Path | str, exclude: Collection[str] = ()) -> None:
         """Copies what a loader wants besides weights: tokenizer, generation config, templates, custom code, licence.
 
-        Never copied: weights, their index, ``config.json``, quantization configs, pickles, hidden files, names in
-        ``exclude``, and names already written here.
+        Never copied: weights, their index, ``config.json``, quantization configs, pickles, hidden files,
+        ``TRAINING_FILES``, names in ``exclude``, and names already written here.
+
+        Raises:
+            CheckpointError: a file cannot be read or written; the text names which.
         """
         skipped = {*_NEVER_COPIED, *exclude}
         with _writing(self.folder):
@@ -109,9 +114,9 @@ class CheckpointWriter:
                     continue
                 if path.is_dir():
                     if path.name in _COMPANION_FOLDERS:
-                        shutil.copytree(path, target, copy_function=shutil.copyfile)
+                        shutil.copytree(path, target, copy_function=_copy)
                 elif _is_companion(path.name):
-                    shutil.copyfile(path, target)
+                    _copy(path, target)
 
     def __enter__(self) -> CheckpointWriter:
         self._new_parents = [parent for parent in self.folder.parents if not parent.exists()]
@@ -145,7 +150,8 @@ class CheckpointWriter:
         )
         if not replaceable:
             raise OutputExistsError(
-                f"output {self.folder} exists and is not a checkpoint folder; --force replaces only checkpoints"
+                f"output {self.folder} exists and is not a checkpoint folder, and --force replaces only those; "
+                "choose another --out"
             )
 
     def _finish_shard(self) -> None:
@@ -265,7 +271,16 @@ def _writing(folder: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"no space left while writing {folder}; free some disk or choose another --out"
             ) from exc
-        raise CheckpointError(f"cannot write {folder}: {exc.strerror or exc}") from exc
+        raise CheckpointError(f"cannot write {folder}: {exc.strerror or exc}; choose another --out") from exc
+
+
+def _copy(source: Path | str, target: Path | str) -> None:
+    try:
+        reading = open(source, "rb")
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {source}: {exc.strerror}") from exc
+    with reading, open(target, "wb") as writing:
+        shutil.copyfileobj(reading, writing)
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from .qweight import QweightFormat, config_integer
 from .types import QuantizedLinear, QuantScheme
 from .version import __version__
 
-__all__ = ["GptqV1Format", "GptqV2Format", "producers"]
+__all__ = ["GptqV1Format", "GptqV2Format", "dynamic_rules", "producers"]
 
 _BITS = (2, 3, 4, 8)
 _USUAL_GROUPS = (128, 64, 32, 16)
@@ -146,8 +146,7 @@ class GptqV2Format(QweightFormat):
 
     def layer_scheme(self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantScheme:
         """The model-wide scheme with the first ``dynamic`` pattern that matches applied to it."""
-        dynamic = config.get("dynamic") or {}
-        for pattern, fields in dynamic.items():
+        for pattern, fields in dynamic_rules(config).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
                 return self.parse_config({**config, **fields})
         return self.parse_config(config)
@@ -213,11 +212,30 @@ class GptqV1Format(GptqV2Format):
         return [*super()._quantizers(), _V1_QUANTIZER]
 
 
+def dynamic_rules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """gptqmodel's ``dynamic``: regex -> fields that differ for the modules it matches; ``-:regex`` leaves them out.
+
+    Raises:
+        CheckpointError: it is not such an object, or a regex does not compile.
+    """
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, dict) or not all(isinstance(fields, dict) for fields in rules.values()):
+        raise CheckpointError(f"dynamic is {rules!r}; expected an object of module patterns and their fields")
+    for pattern in rules:
+        try:
+            re.compile(pattern.removeprefix("+:").removeprefix("-:"))
+        except re.error as exc:
+            raise CheckpointError(
+                f"dynamic has the pattern {pattern!r}, which is no regular expression: {exc}"
+            ) from exc
+    return rules
+
+
 def producers(config: Mapping[str, Any]) -> dict[str, str]:
     """Tool -> version from ``meta.quantizer``; empty where there is none."""
     meta = config.get("meta")
     entries = meta.get("quantizer") if isinstance(meta, dict) else None
-    listed = [entries] if isinstance(entries, str) else entries or []
+    listed = entries if isinstance(entries, list) else [entries] if entries else []
     pairs = (str(entry).lower().partition(":") for entry in listed)
     return {tool: version for tool, _, version in pairs}
 

@@ -3,7 +3,9 @@
 The label (``checkpoint_format``) says whether qzeros hold ``z - 1`` (v1) or ``z`` (v2), and labels are wrong in the
 wild. The values tell: weights of a linear layer average to nearly nothing, so in a typical group the mean code is the
 zero-point. The median over groups of (mean code - stored field) is near 0 for raw zeros and near 1 for v1. It counts
-only where the difference hardly varies between groups: zeros that do not follow the codes say nothing.
+only where the difference hardly varies between groups: zeros that do not follow the codes say nothing. Neither do
+groups whose zero lies at the end of the range under one of the conventions (weights of one sign were clamped there)
+nor those with a negative scale, which a v1 writer complemented.
 
 What cannot be told: how ``z = 0`` was wrapped in v1. Every word is valid under "each field modulo 2**bits" and under
 "borrowed across the word", with different zeros; only the producer decides. See ``gptq.md``.
@@ -84,12 +86,15 @@ def diagnose_zeros(checkpoint: Checkpoint, max_layers: int = 16) -> ZeroDiagnosi
         fields = _stored_fields(checkpoint, name, scheme)
         histogram += fields.flatten().bincount(minlength=256)
         wrapped += int((fields == scheme.maxq).sum())
-        symmetric.add(_symmetric_convention(fields, scheme))
+        negative = bool((checkpoint.get(f"{name}.scales") < 0).any())
+        symmetric.add(None if negative else _symmetric_convention(fields, scheme))
         if i % step == 0:
             offsets.append(_offsets(checkpoint, name, scheme))
-    offset, error, spread = _median(torch.cat(offsets))
-    near = next((fmt for fmt, value in _OFFSETS.items() if offset is not None and abs(offset - value) <= _MARGIN), None)
     same = symmetric.pop() if len(symmetric) == 1 else None
+    found_offsets, inside = torch.cat([values for values, _ in offsets]), torch.cat([kept for _, kept in offsets])
+    offset, error, spread = _median(found_offsets if same is not None else found_offsets[inside])
+    spread = max(spread, _median(found_offsets)[2])  # leaving groups out must not make unruly zeros look orderly
+    near = next((fmt for fmt, value in _OFFSETS.items() if offset is not None and abs(offset - value) <= _MARGIN), None)
     follows = None
     evidence = []
     if same is not None:
@@ -98,7 +103,7 @@ def diagnose_zeros(checkpoint: Checkpoint, max_layers: int = 16) -> ZeroDiagnosi
     elif error <= _MAX_ERROR and spread <= _MAX_SPREAD * 2**bits:
         follows = near
     if offset is None:
-        evidence.append(f"fewer than {_MIN_GROUPS} groups, too few to compare codes with zeros")
+        evidence.append(f"fewer than {_MIN_GROUPS} groups tell, too few to compare codes with zeros")
     else:
         evidence.append(
             f"mean code - stored zero is {offset:+.2f} in the median group, spread {spread:.2f}; v1 gives 1, v2 gives 0"
@@ -135,12 +140,14 @@ def _symmetric_convention(fields: Tensor, scheme: QuantScheme) -> str | None:
     return {middle: GptqV2Format.id, middle - 1: GptqV1Format.id}.get(low) if low == high else None
 
 
-def _offsets(checkpoint: Checkpoint, name: str, scheme: QuantScheme) -> Tensor:
-    """Mean code minus stored field of each group; flat fp32."""
+def _offsets(checkpoint: Checkpoint, name: str, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Mean code minus stored field of each group, and which groups tell a convention; both flat, fp32 and bool."""
     layer = GptqV2Format().decode(checkpoint.layer_tensors(name), scheme)  # zeros are the stored fields
     index = layer.group_index()
     sums = torch.zeros(layer.out_features, layer.groups).index_add_(1, index, layer.codes.float())
-    return (sums / index.bincount(minlength=layer.groups) - layer.zeros).flatten()
+    ends = (layer.zeros == 0) | (layer.zeros >= scheme.maxq - 1)  # z is 0 or maxq, raw or after adding 1
+    offsets = sums / index.bincount(minlength=layer.groups) - layer.zeros
+    return offsets.flatten(), (~ends & (layer.scales >= 0)).flatten()
 
 
 def _median(offsets: Tensor) -> tuple[float | None, float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -66,12 +67,18 @@ class Checkpoint:
                 raise CheckpointError(f"{reader.folder} has no {fmt.id} layer: no tensor is named *{suffix}")
             self.config = reader.quantization_config or self._infer(fmt)
             self.format = fmt.configured(self.config)
+            _ = self.scheme  # a configuration that cannot be read is found on opening
         self.passthrough_names = tuple(name for name in reader.tensors if name not in self._owned)
 
     @cached_property
     def scheme(self) -> QuantScheme | None:
         """The model-wide scheme; None in full precision."""
-        return None if self.format is None else self.format.parse_config(self.config)
+        if self.format is None:
+            return None
+        try:
+            return self.format.parse_config(self.config)
+        except CheckpointError as exc:
+            raise CheckpointError(f"{self.reader.folder}: {exc}") from exc
 
     @cached_property
     def overrides(self) -> dict[str, QuantScheme]:
@@ -96,7 +103,8 @@ class Checkpoint:
 
     def layer_scheme(self, name: str) -> QuantScheme:
         """Scheme of one layer, as configured."""
-        return self._format_of(name).layer_scheme(self.config, name, self.layer_shapes(name))
+        with self._naming(name):
+            return self._format_of(name).layer_scheme(self.config, name, self.layer_shapes(name))
 
     def shares_packing_with(self, fmt: Format, name: str) -> bool:
         """True when a layer's packed integers are the same bytes in ``fmt``."""
@@ -105,7 +113,9 @@ class Checkpoint:
 
     def layer_features(self, name: str) -> tuple[int, int]:
         """``(out_features, in_features)`` of one layer, from metadata."""
-        return self._format_of(name).features(self.layer_shapes(name), self.layer_scheme(name))
+        scheme = self.layer_scheme(name)
+        with self._naming(name):
+            return self._format_of(name).features(self.layer_shapes(name), scheme)
 
     def layer_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's local tensors."""
@@ -123,11 +133,9 @@ class Checkpoint:
         Raises:
             CheckpointError: its tensors are missing or contradict the scheme; the text names the layer.
         """
-        fmt = self._format_of(name)
-        try:
-            return fmt.decode(self.layer_tensors(name), self.layer_scheme(name))
-        except CheckpointError as exc:
-            raise CheckpointError(f"layer {name} of {self.reader.folder}: {exc}") from exc
+        scheme, tensors = self.layer_scheme(name), self.layer_tensors(name)
+        with self._naming(name):
+            return self._format_of(name).decode(tensors, scheme)
 
     def get(self, name: str) -> Tensor:
         """One tensor as stored, by its full name."""
@@ -157,6 +165,14 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.reader.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Adds layer and folder to what a format says about a layer's tensors."""
+        try:
+            yield
+        except CheckpointError as exc:
+            raise CheckpointError(f"layer {name} of {self.reader.folder}: {exc}") from exc
 
     def _infer(self, fmt: Format) -> dict[str, Any]:
         self.format = fmt
@@ -260,5 +276,5 @@ def _detect(reader: CheckpointReader) -> Format | None:
     )
     raise UnknownFormatError(
         f"{reader.folder}: no known format reads {told}; known are {', '.join(available_formats())}; "
-        "if it is one of them, name it"
+        "if it is one of them, name it (--from)"
     )

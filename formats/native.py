@@ -67,7 +67,9 @@ class NativeFormat(QweightFormat):
     def layer_scheme(self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantScheme:
         """The layer's override, or the model-wide scheme."""
         layers = config.get("layers", {})
-        return self.parse_config(layers.get(name, config) if isinstance(layers, dict) else config)
+        if not isinstance(layers, dict) or not isinstance(layers.get(name, config), Mapping):
+            raise CheckpointError(f"layers is {layers!r}; expected an object of module paths and their schemes")
+        return self.parse_config(layers.get(name, config))
 
     def detect(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """Our configuration; or none at all beside qweight, qzeros and scales, which is upstream's."""

@@ -106,7 +106,9 @@ class QweightFormat(Format):
                 raise CheckpointError(f"{name} has shape {list(shapes[name])}; expected two axes")
         rows, out_features = shapes["qweight"]
         if "g_idx" in shapes:
-            return out_features, shapes["g_idx"][0] if shapes["g_idx"] else 0
+            if len(shapes["g_idx"]) != 1:
+                raise CheckpointError(f"g_idx has shape {list(shapes['g_idx'])}; expected [in_features]")
+            return out_features, shapes["g_idx"][0]
         per_word = self.per_word(scheme.bits)
         return out_features, rows * per_word if per_word else rows * _WORD_BITS // scheme.bits
 
@@ -125,16 +127,20 @@ class QweightFormat(Format):
         self._check_tensors(tensors, scheme)
         out_features, in_features = self.features(_shapes(tensors), scheme)
         self.check(scheme, out_features, in_features)
-        g_idx = tensors.get("g_idx")
+        if not torch.isfinite(tensors["scales"]).all():
+            raise CheckpointError("scales hold NaN or infinity; every scale must be finite")
+        g_idx = _act_order(tensors.get("g_idx"), scheme, in_features)
         if g_idx is None:
             g_idx = _consecutive_groups(scheme, in_features)
         adopted = {
             "qweight": tensors["qweight"],
             "qzeros": tensors["qzeros"],
             "scales": self.stored_scales(tensors["scales"].T).T.contiguous(),
-            "g_idx": g_idx.to(torch.int32),
+            "g_idx": g_idx,
         }
         if "bias" in tensors:
+            if tuple(tensors["bias"].shape) != (out_features,) or not tensors["bias"].is_floating_point():
+                raise CheckpointError(f"bias has shape {list(tensors['bias'].shape)}; expected [{out_features}] floats")
             adopted["bias"] = self.stored_bias(tensors["bias"])
         return adopted
 
@@ -151,7 +157,8 @@ class QweightFormat(Format):
             allowed = SCALE_DTYPES if name == "scales" else (torch.int32,)
             if tensor.dtype not in allowed:
                 names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-                raise CheckpointError(f"{name} is {tensor.dtype}; allowed are {names}")
+                found = str(tensor.dtype).removeprefix("torch.")
+                raise CheckpointError(f"{name} is {found}; allowed are {names}")
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(
                     f"{name} has shape {list(tensor.shape)}; {scheme} with {out_features} x {in_features} features "
@@ -186,7 +193,11 @@ def _act_order(g_idx: Tensor | None, scheme: QuantScheme, in_features: int) -> T
     """g_idx as int32 if it reorders groups, else None."""
     if g_idx is None:
         return None
-    if g_idx.dim() != 1 or g_idx.is_floating_point():
-        raise CheckpointError(f"g_idx is {g_idx.dtype} {list(g_idx.shape)}; expected integers [in_features]")
+    if g_idx.is_floating_point() or g_idx.is_complex() or g_idx.dtype == torch.bool:
+        raise CheckpointError(f"g_idx is {str(g_idx.dtype).removeprefix('torch.')}; expected integers")
+    low, high = (int(bound) for bound in g_idx.aminmax())
+    groups = scheme.groups(in_features)
+    if low < 0 or high >= groups:
+        raise CheckpointError(f"g_idx spans {low}..{high}; {groups} groups allow 0..{groups - 1}")
     order = g_idx.to(torch.int32)
     return None if torch.equal(order, _consecutive_groups(scheme, in_features)) else order

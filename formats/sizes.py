@@ -18,5 +18,5 @@ def parse_size(text: str) -> int:
     number = text.strip().rstrip("bBiIkKmMgG")
     unit = text.strip()[len(number) :].upper() or "B"
     if not number.strip().replace(".", "", 1).isdecimal() or unit not in UNITS or float(number) <= 0:
-        raise InputError(f"size is {text!r}; give a number with MB or GB, e.g. 5GB")
+        raise InputError(f"size {text!r}: give a positive number with MB or GB, e.g. --shard-size 5GB")
     return max(int(float(number) * UNITS[unit]), 1)

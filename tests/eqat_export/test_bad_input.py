@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from eqat_export import convert as convert_module
 from eqat_export.convert import convert
@@ -229,3 +230,108 @@ def test_a_signal_in_the_middle_leaves_nothing(
     assert child.returncode == code
     assert "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("local", "change", "said"),
+    [
+        ("g_idx", lambda tensor: tensor + 100, "g_idx spans 100.."),
+        ("g_idx", lambda tensor: tensor.float(), "g_idx is float32; expected integers"),
+        ("g_idx", lambda tensor: tensor[None], "g_idx has shape [1, "),
+        ("scales", lambda tensor: tensor * float("nan"), "scales hold NaN"),
+        ("scales", lambda tensor: tensor.double(), "scales is float64; allowed are float16"),
+        ("qweight", lambda tensor: tensor.long(), "qweight is int64; allowed are int32"),
+        ("qzeros", lambda tensor: tensor[:, :-1].contiguous(), "qzeros has shape"),
+        ("bias", lambda tensor: torch.zeros(3), "bias ha"),
+    ],
+)
+def test_tensors_that_contradict_the_scheme_are_refused_even_where_packed_integers_are_copied(
+    eqat: Callable, native: Callable[..., Path], edited: Callable[..., Path], local: str, change: Callable, said: str
+) -> None:
+    name = f"{LAYER}.{local}"
+    folder = edited(native(), lambda tensors: tensors.update({name: change(tensors.get(name))}))
+    for target in ("native", "gptq_v2", "gptq"):
+        outcome = eqat("export", folder, "--to", target, "--out", "out")
+        assert outcome.code == 2, target
+        assert LAYER in outcome.err and said in outcome.err and len(outcome.err.splitlines()) == 1
+        assert not Path("out").exists()
+    outcome = eqat("verify", folder)
+    assert outcome.code == 1
+    assert outcome.out.count(LAYER) == 1  # named once, not once by each part that passes it on
+
+
+@pytest.mark.parametrize(
+    ("format_id", "fields", "said"),
+    [
+        ("gptq", {"dynamic": {"+:(": {}}}, "no regular expression"),
+        ("gptq", {"dynamic": [1]}, "dynamic is [1]"),
+        ("gptq", {"dynamic": {"+:x": 7}}, "dynamic is"),
+        ("native", {"layers": {LAYER: 5}}, "layers is"),
+        ("native", {"layers": [5]}, "layers is [5]"),
+        ("native", {"bits": "2"}, "bits = '2'; expected an integer"),
+        ("native", {"group_size": 0}, "group_size is 0"),
+    ],
+)
+def test_a_malformed_quantization_configuration_is_one_line(
+    eqat: Callable, native: Callable[..., Path], format_id: str, fields: dict[str, object], said: str
+) -> None:
+    folder = native(format_id=format_id)
+    for name in ("config.json", "quantize_config.json"):
+        if (folder / name).exists():
+            config = json.loads((folder / name).read_text())
+            config.get("quantization_config", config).update(fields)
+            (folder / name).write_text(json.dumps(config))
+    for arguments in (("export", folder, "--to", "gptq_v2", "--out", "out"), ("inspect", folder)):
+        outcome = eqat(*arguments)
+        assert outcome.code == 2
+        assert said in outcome.err and folder.name in outcome.err and len(outcome.err.splitlines()) == 1
+    assert eqat("verify", folder).code in (1, 2)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("fields", [{"meta": {"quantizer": 7}}, {"meta": 5}, {"meta": {"quantizer": [7]}}])
+def test_an_odd_producer_entry_stops_nothing(
+    eqat: Callable, native: Callable[..., Path], fields: dict[str, object]
+) -> None:
+    folder = native(format_id="gptq_v2")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(fields)
+    config["architectures"] = [5]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert eqat("inspect", folder, "--json").code == 0
+    assert eqat("export", folder, "--to", "gptq", "--out", "out").code == 0
+
+
+def test_modules_to_not_convert_that_is_no_list_is_a_finding(eqat: Callable, native: Callable[..., Path]) -> None:
+    folder = native()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = eqat("verify", folder)
+    assert outcome.code == 1
+    assert "modules_to_not_convert is 5; expected a list" in outcome.out
+
+
+def test_the_current_directory_can_be_exported(
+    eqat: Callable, native: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = native()
+    monkeypatch.chdir(folder)
+    assert eqat("export", ".", "--to", "gptq").code == 0
+    assert (folder.parent / "native-gptq" / "config.json").exists()
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    assert eqat("export", "..", "--to", "gptq_v2").code == 0
+    assert (folder.parent / "native-gptq_v2" / "config.json").exists()
+
+
+def test_an_unreadable_companion_is_named(eqat: Callable, native: Callable[..., Path], tmp_path: Path) -> None:
+    folder = native()
+    (folder / "extra.json").symlink_to(tmp_path / "gone")
+    outcome = eqat("export", folder, "--to", "gptq", "--out", "out")
+    assert outcome.code == 2
+    assert outcome.err == f"error: cannot read {folder / 'extra.json'}: No such file or directory\n"
+    assert not Path("out").exists()

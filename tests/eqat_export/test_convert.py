@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from eqat_export import convert as convert_module
-from eqat_export.convert import convert, parse_size
+from eqat_export.convert import convert
+from eqat_train.pipeline import run_files
 from formats.affine import dequantize
-from formats.errors import InputError, UnsupportedSchemeError
+from formats.errors import UnsupportedSchemeError
 from formats.model import open_checkpoint
 
 UP = "model.layers.0.mlp.up_proj"
@@ -205,7 +206,7 @@ def test_a_wrong_label_can_be_overruled(eqat: Callable, native: Callable[..., Pa
         (("--to", "awq"), "unknown format 'awq'; known are native, gptq"),
         (("--to", "gptq", "--dtype", "float16"), "--dtype float16 is for --to dense"),
         (("--to", "dense", "--dtype", "int8"), "allowed are float16, bfloat16, float32"),
-        (("--to", "gptq", "--shard-size", "huge"), "e.g. 5GB"),
+        (("--to", "gptq", "--shard-size", "huge"), "e.g. --shard-size 5GB"),
         (("--to", "gptq", "--from", "dense"), "full-precision"),
     ],
 )
@@ -227,14 +228,12 @@ def test_output_onto_or_around_the_source_is_refused(eqat: Callable, native: Cal
     assert (source / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("4096", 4096), ("1.5kb", 1500)]
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 apples", "5TB", "1.2.3GB", "nan"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="5GB"):
-        parse_size(text)
+def test_what_training_leaves_beside_its_checkpoint_stays_there(native: Callable[..., Path], tmp_path: Path) -> None:
+    source = native()
+    for name in (run_files.CONFIG_FILE, run_files.LOG_FILE, run_files.REPORT_FILE):
+        (source / name).write_text("{}")
+    (source / "chat_template.jinja").write_text("")
+    convert(source, tmp_path / "out", "gptq")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "chat_template.jinja" in names
+    assert not names & {run_files.CONFIG_FILE, run_files.LOG_FILE, run_files.REPORT_FILE}

@@ -291,3 +291,27 @@ def test_output_is_plain_when_piped_and_quiet_when_asked(eqat: Callable, exporte
     assert "\x1b" not in shown.out
     quiet = eqat("verify", export, "--against", source, "--quiet")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+
+
+def test_reading_against_label_and_values_is_an_error(eqat: Callable, golden_root: Path, tmp_path: Path) -> None:
+    convert(golden_root / "w2g64", tmp_path / "v1", "gptq")
+    outcome = eqat("verify", tmp_path / "v1", "--from", "gptq_v2")
+    assert outcome.code == 1
+    assert "read as gptq_v2 by --from, against the label and the values" in outcome.out
+
+
+def test_checkpoints_of_different_bits_are_told_apart_first(eqat: Callable, native: Callable[..., Path]) -> None:
+    two, three = native("two", bits=2), native("three", bits=3)
+    outcome = eqat("verify", two, "--against", three)
+    assert outcome.code == 1
+    assert outcome.out.splitlines()[1] == f"  error: scheme: w2g32 here, w3g32 in {three}"
+
+
+def test_no_error_against_full_precision_is_said_in_one_line(
+    eqat: Callable, native: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = native()
+    convert(source, tmp_path / "dense", "dense", dtype=torch.float32)
+    outcome = eqat("verify", source, "--against", tmp_path / "dense")
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1].endswith("layers hold the same weights, bit for bit")

@@ -110,6 +110,25 @@ def test_zeros_that_do_not_follow_the_codes_are_not_taken_for_a_convention(
     assert diagnose(stored_as, [make_layer(bits, 32, 64, 1024, zeros=zeros)]).follows is None
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("stored_as", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("kind", ["one sign", "skewed", "moved"])
+def test_a_correct_file_of_unusual_weights_is_not_called_wrong(diagnose, bits, group_size, stored_as, kind) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    weights = [torch.randn(256, 256, generator=generator) for _ in NAMES]
+    if kind == "one sign":  # every zero clamped at 0
+        weights = [weight.abs() for weight in weights]
+    elif kind == "skewed":
+        weights = [weight.exp() for weight in weights]
+    layers = [round_to_nearest(weight, QuantScheme(bits, group_size)) for weight in weights]
+    if kind == "moved":  # zeros that training moved by one either way
+        for layer in layers:
+            layer.zeros.add_(torch.randint(-1, 2, layer.zeros.shape, generator=generator, dtype=torch.int32))
+            layer.zeros.clamp_(0, layer.scheme.maxq)
+    assert diagnose(stored_as, layers).follows in (None, stored_as)
+
+
 def test_only_gptq_has_conventions(make_layer, make_folder) -> None:
     native = get_format("native")
     tensors = {f"model.up.{local}": tensor for local, tensor in native.encode(make_layer()).items()}

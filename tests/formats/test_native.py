@@ -123,7 +123,7 @@ def test_mixed_group_sizes_without_a_config_are_refused(make_layer) -> None:
         ({"qzeros": None}, "no qzeros"),
         ({"scales": None}, "no scales"),
         ({"qweight": torch.zeros(4, 64, dtype=torch.int32)}, "qweight has shape"),
-        ({"qweight": torch.zeros(16, 64, dtype=torch.int64)}, "qweight is torch.int64"),
+        ({"qweight": torch.zeros(16, 64, dtype=torch.int64)}, "qweight is int64"),
         ({"qweight": torch.zeros(16, dtype=torch.int32)}, "expected two axes"),
         ({"qzeros": torch.zeros(4, 7, dtype=torch.int32)}, "qzeros has shape"),
         ({"scales": torch.ones(3, 64)}, "scales has shape"),
