@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eqat_export.tensors import dtype_name
 from formats.errors import InputError
+from formats.gptq import producers
 from formats.model import Checkpoint
 from formats.types import QuantizedLinear
 
@@ -182,10 +183,11 @@ def inspect_checkpoint(
 
 def producer(checkpoint: Checkpoint) -> str:
     """Who wrote the checkpoint, as far as its configuration tells."""
-    meta = checkpoint.reader.quantization_config.get("meta")
-    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
-    if quantizer:
-        return ", ".join(map(str, quantizer)) if isinstance(quantizer, list) else str(quantizer)
+    tools = producers(checkpoint.reader.quantization_config)
+    if "eqat" in tools:
+        tools = {"eqat": tools["eqat"]}  # v1 files name gptqmodel too, only for its version check
+    if tools:
+        return ", ".join(f"{tool} {version}".strip() for tool, version in tools.items())
     version = checkpoint.reader.quantization_config.get("version")
     if checkpoint.reader.quantization_config.get("quant_method") == "eqat":
         return f"eqat {version}" if version else "eqat"

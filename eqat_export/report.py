@@ -33,6 +33,7 @@ MOST_ROWS = 12
 WORST_OF_GOOD = 3
 MOST_FINDINGS = 20
 HISTOGRAM_ROWS = 16
+WIDE = 80  # columns from which tables show everything
 
 
 def show_conversion(conversion: Conversion, console: Console) -> None:
@@ -102,7 +103,8 @@ def show_comparison(comparison: CheckpointComparison, console: Console) -> None:
     counted = any(row.codes or row.zeros or row.scales for row in differing)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    for title in (*(("codes", "zeros", "scales") if counted else ()), "max error", "of bound", "rel. L2"):
+    shares = ("of bound", "rel. L2") if console.width >= WIDE else ()
+    for title in (*(("codes", "zeros", "scales") if counted else ()), "max error", *shares):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     shown = MOST_ROWS if comparison.informational or not all(row.ok for row in rows) else WORST_OF_GOOD
@@ -110,9 +112,8 @@ def show_comparison(comparison: CheckpointComparison, console: Console) -> None:
         counts = ["-" if count is None else str(count) for count in (row.codes, row.zeros, row.scales)]
         used = "-" if row.used is None else _share(row.used)
         verdict = "" if comparison.informational else mark(row.ok, console)
-        table.add_row(
-            escape(row.name), *(counts if counted else ()), f"{row.error:.2g}", used, f"{row.relative:.2g}", verdict
-        )
+        figures = (used, f"{row.relative:.2g}") if shares else ()
+        table.add_row(escape(row.name), *(counts if counted else ()), f"{row.error:.2g}", *figures, verdict)
     console.print(table)
     if len(differing) > shown:
         console.print(f"  and {len(differing) - shown} more layers (all of them with --json)")
@@ -126,12 +127,9 @@ def show_runtime(result: RuntimeResult, console: Console) -> None:
 
 def show_formats(rows: list[FormatRow], console: Console) -> None:
     """The table of ``eqat formats``; one block a format where the terminal is narrow."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("id", "bits", "groups", "", "exactness", "proved with", "extra"):
-        table.add_column(title, no_wrap=title in ("id", "bits"), overflow="fold")
-    for row in rows:
-        table.add_row(
-            f"[bold]{row.id}[/]",
+    titles = ("bits", "groups", "direction", "exactness", "proved with", "extra")
+    values = {
+        row.id: (
             _ranges(row.bits),
             " ".join(map(str, row.groups)),
             row.direction,
@@ -139,6 +137,22 @@ def show_formats(rows: list[FormatRow], console: Console) -> None:
             " ".join(row.readers),
             row.extra,
         )
+        for row in rows
+    }
+    if console.width < WIDE:
+        for row in rows:
+            console.print(f"[bold]{row.id}[/]: {escape(row.title)}")
+            facts = Table.grid(padding=(0, 2))
+            for title, value in zip(titles, values[row.id], strict=True):
+                if value:
+                    facts.add_row("", title, value)
+            console.print(facts)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("id", *titles):
+        table.add_column(title, no_wrap=title in ("id", "bits"), overflow="fold")
+    for name, cells in values.items():
+        table.add_row(f"[bold]{name}[/]", *cells)
     console.print(table)
     console.print()
     for row in rows:

@@ -22,14 +22,16 @@ from .errors import InputError
 from .gptq import GptqV1Format, GptqV2Format, producers
 from .model import Checkpoint
 from .packing import unpack_bits
-from .types import MAX_BITS, QuantScheme
+from .types import QuantScheme
 
 __all__ = ["ZeroDiagnosis", "diagnose_zeros"]
 
 _MIN_GROUPS = 64
 _MARGIN = 0.25  # of the median from 0 or 1
 _MAX_ERROR = 0.1  # standard error of the median beyond which it says nothing
-_MAX_SPREAD = 1 / 8  # of the code range; zeros that follow the codes stay near 1/12 at 2 bits and below 1/30 above
+_MAX_SPREAD = 0.3  # standard deviation between groups; two kinds of groups, one apart, have 0.4 or more
+_MAX_NOISE = 3.0  # or this many times what groups of so few codes vary by themselves
+_SAMPLE = 2**20
 _OFFSETS = {GptqV2Format.id: 0, GptqV1Format.id: 1}  # of the mean code from the stored field
 _NAMES = {GptqV1Format.id: "v1, z - 1", GptqV2Format.id: "v2, raw z"}
 
@@ -79,10 +81,9 @@ def diagnose_zeros(checkpoint: Checkpoint, max_layers: int = 16) -> ZeroDiagnosi
     label = str(told).lower() if told else GptqV1Format.id
     step = max(1, -(-len(checkpoint.layer_names) // max_layers))
     histogram = torch.zeros(256, dtype=torch.int64)
-    offsets, wrapped, symmetric, bits = [], 0, set(), MAX_BITS
+    offsets, wrapped, symmetric = [], 0, set()
     for i, name in enumerate(checkpoint.layer_names):
         scheme = checkpoint.layer_scheme(name)
-        bits = min(bits, scheme.bits)
         fields = _stored_fields(checkpoint, name, scheme)
         histogram += fields.flatten().bincount(minlength=256)
         wrapped += int((fields == scheme.maxq).sum())
@@ -91,17 +92,18 @@ def diagnose_zeros(checkpoint: Checkpoint, max_layers: int = 16) -> ZeroDiagnosi
         if i % step == 0:
             offsets.append(_offsets(checkpoint, name, scheme))
     same = symmetric.pop() if len(symmetric) == 1 else None
-    found_offsets, inside = torch.cat([values for values, _ in offsets]), torch.cat([kept for _, kept in offsets])
-    offset, error, spread = _median(found_offsets if same is not None else found_offsets[inside])
-    spread = max(spread, _median(found_offsets)[2])  # leaving groups out must not make unruly zeros look orderly
+    differences, noise, inside = (torch.cat(parts) for parts in zip(*offsets, strict=True))
+    offset = _median(differences if same is not None else differences[inside])
+    spread = _spread(differences)
+    counted = len(differences) if same is not None else int(inside.sum())
     near = next((fmt for fmt, value in _OFFSETS.items() if offset is not None and abs(offset - value) <= _MARGIN), None)
     follows = None
     evidence = []
     if same is not None:
         evidence.append(f"every field holds the symmetric zero of {_NAMES[same]}")
         follows = same if offset is None or near == same else None
-    elif error <= _MAX_ERROR and spread <= _MAX_SPREAD * 2**bits:
-        follows = near
+    elif offset is not None and 1.25 * spread / counted**0.5 <= _MAX_ERROR:  # the median's standard error
+        follows = near if spread <= max(_MAX_SPREAD, _MAX_NOISE * float(noise.median())) else None
     if offset is None:
         evidence.append(f"fewer than {_MIN_GROUPS} groups tell, too few to compare codes with zeros")
     else:
@@ -140,23 +142,35 @@ def _symmetric_convention(fields: Tensor, scheme: QuantScheme) -> str | None:
     return {middle: GptqV2Format.id, middle - 1: GptqV1Format.id}.get(low) if low == high else None
 
 
-def _offsets(checkpoint: Checkpoint, name: str, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Mean code minus stored field of each group, and which groups tell a convention; both flat, fp32 and bool."""
+def _offsets(checkpoint: Checkpoint, name: str, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each group with a positive scale, flat: mean code minus stored field, the standard error of that mean, and
+    whether the group tells a convention.
+    """
     layer = GptqV2Format().decode(checkpoint.layer_tensors(name), scheme)  # zeros are the stored fields
     index = layer.group_index()
-    sums = torch.zeros(layer.out_features, layer.groups).index_add_(1, index, layer.codes.float())
+    codes = layer.codes.float()
+    sums = torch.zeros(layer.out_features, layer.groups).index_add_(1, index, codes)
+    squares = torch.zeros_like(sums).index_add_(1, index, codes.square_())
+    width = index.bincount(minlength=layer.groups)
+    means = sums / width
+    noise = (squares / width - means.square()).clamp(min=0).sqrt() / width.sqrt()
     ends = (layer.zeros == 0) | (layer.zeros >= scheme.maxq - 1)  # z is 0 or maxq, raw or after adding 1
-    offsets = sums / index.bincount(minlength=layer.groups) - layer.zeros
-    return offsets.flatten(), (~ends & (layer.scales >= 0)).flatten()
+    positive = layer.scales >= 0
+    return (means - layer.zeros)[positive], noise[positive], ~ends[positive]
 
 
-def _median(offsets: Tensor) -> tuple[float | None, float, float]:
-    """Median, its standard error, and the spread between groups; no median of too few."""
+def _median(offsets: Tensor) -> float | None:
+    """None of too few."""
+    return float(offsets.median()) if len(offsets) >= _MIN_GROUPS else None
+
+
+def _spread(offsets: Tensor) -> float:
+    """Standard deviation, were they normal, by the tenth and the ninetieth percentile; a sample of very many."""
     if len(offsets) < _MIN_GROUPS:
-        return None, float("inf"), float("inf")
-    median = offsets.median()
-    spread = 1.4826 * float((offsets - median).abs().median())  # the standard deviation, were they normal
-    return float(median), 1.2533 * spread / len(offsets) ** 0.5, spread
+        return float("inf")
+    ordered = offsets[:: len(offsets) // _SAMPLE + 1].sort().values
+    tenth = len(ordered) // 10
+    return float(ordered[-1 - tenth] - ordered[tenth]) / 2.563
 
 
 def _wrap_reading(found: dict[str, str]) -> str:

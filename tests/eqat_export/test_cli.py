@@ -138,3 +138,12 @@ def test_formats_are_listed_with_what_they_take(eqat: Callable) -> None:
     for name in rows:
         assert f"\n{name}" in f"\n{shown}"
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_table_of_formats_fits_the_terminal(eqat: Callable, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    outcome = eqat("formats")
+    assert all(len(line) <= columns for line in outcome.out.splitlines())
+    for word in ("gptqmodel", "transformers", "rounded"):  # whole, not folded in the middle
+        assert word in outcome.out

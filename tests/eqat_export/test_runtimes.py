@@ -204,3 +204,15 @@ def test_large_layers_are_probed_in_every_group(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(probe_columns(layer), torch.arange(128))
     monkeypatch.setattr("eqat_export.runtime_check.FULL_PROBE", 0)
     assert g_idx[probe_columns(layer)].tolist() == [0, 1, 2, 3]
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize(
+    ("architecture", "format_id"), [("qwen2", "gptq_v2"), ("qwen3", "gptq"), ("phi3", "gptq"), ("gemma2", "gptq_v2")]
+)
+def test_biases_tied_embeddings_and_fused_projections_run_in_gptqmodel(
+    native: Callable[..., Path], tmp_path: Path, architecture: str, format_id: str
+) -> None:
+    convert(native(architecture=architecture, bits=4), tmp_path / "out", format_id)
+    found = proof(tmp_path / "out", "gptqmodel")
+    assert found["weights"] and found["logits"], found["said"]
