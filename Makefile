@@ -24,7 +24,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev,gptq]'
 	@touch $@ $(VENV)/.installed
 
-demo: $(VENV)/.installed  ## train, export and verify the demo model: about five minutes on two CPU cores
+demo: $(VENV)/.installed  ## train, export and verify the demo model: about a minute on two CPU cores
 	mkdir -p demo-run
 	cd demo-run && ../$(BIN)/eqat train --bits 2 --group 64 --force
 	cd demo-run && ../$(BIN)/eqat export --to gptq --force
