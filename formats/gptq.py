@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -103,7 +103,7 @@ class GptqV2Format(QweightFormat):
         """What gptqmodel and transformers read; ``dynamic`` carries skipped and differing modules."""
         config = {
             "quant_method": "gptq",
-            **_fields(scheme),
+            **asdict(scheme),
             "lm_head": "lm_head" in overrides or "lm_head" not in ignore,
             "checkpoint_format": self.id,
             "format": self.id,
@@ -111,7 +111,7 @@ class GptqV2Format(QweightFormat):
             "meta": {"quantizer": self._quantizers()},
         }
         dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
-        dynamic |= {f"+:^{re.escape(name)}$": _fields(override) for name, override in overrides.items()}
+        dynamic |= {f"+:^{re.escape(name)}$": asdict(override) for name, override in overrides.items()}
         if dynamic:
             config["dynamic"] = dynamic
         return config
@@ -244,15 +244,6 @@ def _labels(config: Mapping[str, Any]) -> set[str]:
     """What the two format fields say; readers disagree on which one wins, so two different labels are no format."""
     found = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)}
     return found or {GptqV1Format.id}
-
-
-def _fields(scheme: QuantScheme) -> dict[str, Any]:
-    return {
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.sym,
-        "desc_act": scheme.desc_act,
-    }
 
 
 def _is_fp16(scales: Tensor) -> bool:

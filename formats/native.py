@@ -7,6 +7,7 @@ quantization configuration, so bits and group_size follow from shapes. Bytes and
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 from .base import NO_OVERRIDES
@@ -44,12 +45,12 @@ class NativeFormat(QweightFormat):
         config = {
             "quant_method": "eqat",
             "checkpoint_format": self.id,
-            **_fields(scheme),
+            **asdict(scheme),
             "modules_to_not_convert": list(ignore),
             "version": __version__,
         }
         if overrides:
-            config["layers"] = {name: _fields(override) for name, override in overrides.items()}
+            config["layers"] = {name: asdict(override) for name, override in overrides.items()}
         return config
 
     def parse_config(self, config: Mapping[str, Any]) -> QuantScheme:
@@ -105,12 +106,3 @@ class NativeFormat(QweightFormat):
                     and columns == packed_length(n, bits, per_word=self.per_word(bits))
                 )
         return False
-
-
-def _fields(scheme: QuantScheme) -> dict[str, Any]:
-    return {
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.sym,
-        "desc_act": scheme.desc_act,
-    }
