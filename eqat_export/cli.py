@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from eqat_export.exit_status import DIFFERENCE, ErrorBoundary, exit_on_sigterm
+from eqat_export.format_options import ExportCommand, set_aside
 from eqat_train.cli import app as train_app
 
 __all__ = ["app", "main", "run"]
@@ -24,7 +25,8 @@ EPILOG = (
 EXPORT_HELP = (
     "Convert a quantized checkpoint to another format, layer by layer.\n\n"
     "Without CHECKPOINT: the last native checkpoint made in this directory. Every layer is checked against FORMAT "
-    "before anything is written; the closing lines say whether weights are exact or rounded, and by how much."
+    "before anything is written; the closing lines say whether weights are exact or rounded, and by how much.\n\n"
+    "Formats have options of their own, e.g. --dtype float32 for dense: eqat formats FORMAT lists them."
 )
 VERIFY_HELP = (
     "Check a checkpoint on its own, against another, or in a real runtime.\n\n"
@@ -74,19 +76,16 @@ def root(
     """2-, 3- and 4-bit language models by EfficientQAT, exported exactly to the layouts people run."""
 
 
-@app.command(help=EXPORT_HELP, epilog=EPILOG)
+@app.command(cls=ExportCommand, help=EXPORT_HELP, epilog=EPILOG)
 def export(
+    context: typer.Context,
     *,
     checkpoint: OptionalCheckpoint = None,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="gptq, gptq_v2, native or dense.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="What to write; eqat formats lists them.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Output folder; CHECKPOINT-FORMAT without it.", show_default=False)
     ] = None,
     source_format: SourceFormat = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float16, bfloat16 or float32; for --to dense, float16 without it."),
-    ] = None,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest file, e.g. 500MB or 5GB.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Json = False,
@@ -100,7 +99,7 @@ def export(
         to,
         out=out,
         source_format=source_format,
-        dtype=dtype,
+        options=set_aside(context),
         shard_size=shard_size,
         force=force,
         as_json=as_json,
@@ -151,11 +150,17 @@ def inspect(
 
 
 @app.command("formats", epilog=EPILOG)
-def list_formats(as_json: Json = False) -> None:
+def list_formats(
+    *,
+    name: Annotated[
+        str | None, typer.Argument(metavar="FORMAT", help="Only this one, with its export options.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the formats, what each holds, and who reads it."""
     from eqat_export.commands import formats_command  # noqa: PLC0415
 
-    formats_command(as_json)
+    formats_command(name, as_json)
 
 
 def run(arguments: list[str]) -> int:

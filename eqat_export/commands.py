@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from eqat_export import report
 from eqat_export.compare import CheckpointComparison, compare_checkpoints
 from eqat_export.console import mark, progress, remarks, results
-from eqat_export.convert import convert, dense_dtype
+from eqat_export.convert import convert
 from eqat_export.findings import Finding, error, failed, warning
+from eqat_export.format_options import read_options
 from eqat_export.format_table import format_rows
 from eqat_export.inspect import inspect_checkpoint
 from eqat_export.runtime_check import RuntimeResult, check_runtime
@@ -32,7 +33,7 @@ def export_command(
     *,
     out: Path | None,
     source_format: str | None,
-    dtype: str | None,
+    options: Sequence[tuple[str, str | None]],
     shard_size: str,
     force: bool,
     as_json: bool,
@@ -40,7 +41,7 @@ def export_command(
 ) -> None:
     """``eqat export``."""
     silent = quiet or as_json
-    target_dtype, size = dense_dtype(dtype, to), parse_size(shard_size)
+    chosen, size = read_options(options, to), parse_size(shard_size)
     if checkpoint is None:
         checkpoint = history.last_native()
         if checkpoint is None:
@@ -58,7 +59,7 @@ def export_command(
             out,
             to,
             source_format=source_format,
-            dtype=target_dtype,
+            options=chosen,
             shard_size=size,
             force=force,
             start=start,
@@ -111,13 +112,15 @@ def inspect_command(checkpoint: Path, *, layer: str | None, source_format: str |
         report.show_inspection(inspection, results())
 
 
-def formats_command(as_json: bool) -> None:
+def formats_command(name: str | None, as_json: bool) -> None:
     """``eqat formats``."""
-    rows = format_rows()
+    rows = format_rows(name)
     if as_json:
-        _print_json({"formats": [vars(row) for row in rows]})
+        _print_json({"formats": [row.as_json() for row in rows]})
     else:
         report.show_formats(rows, results())
+    if name and not as_json:
+        report.show_options(rows[0], results())
 
 
 def _verify_one(

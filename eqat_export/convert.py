@@ -1,9 +1,9 @@
 """Conversion of a quantized checkpoint to another format, one layer at a time.
 
 Every layer goes source bytes -> canonical layer -> target bytes, so nothing is ever re-quantized, and peak memory is
-that of the largest layer whatever the model's size. All layers are checked against the target from metadata alone
-before anything is written. Tensors that belong to no quantized layer keep their bytes and dtype; only ``dense``,
-which is one dtype throughout, casts them.
+that of the largest layer whatever the model's size. Codes stay packed where both sides store the same bit stream. All
+layers are checked against the target from metadata alone before anything is written. Tensors that belong to no
+quantized layer keep their bytes and dtype unless the format says otherwise (``dense`` is one dtype throughout).
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqat_export.tensors import dtype_name, same_bits
+from eqat_export.tensors import dtype_name
 from formats import get_format
 from formats.affine import dequantize
-from formats.base import Exactness, Format
-from formats.checkpoint import CheckpointWriter
+from formats.base import Exactness, Format, PackedFormat
+from formats.container import Choice, ModelWriter
 from formats.errors import CheckpointError, InputError, UnsupportedSchemeError
-from formats.model import Checkpoint, convert_layer, open_checkpoint, write_layer, write_model_config
+from formats.model import Checkpoint, open_checkpoint
+from formats.model_writer import create_model, write_layer
+from formats.packed import PackedLinear
 from formats.types import QuantizedLinear, QuantScheme
 
-__all__ = ["Conversion", "Rounding", "convert", "dense_dtype"]
+__all__ = ["Conversion", "Rounding", "convert"]
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 BLOCK_WEIGHTS = 2**21  # small enough for caches, large enough for whole rows
 
 
@@ -83,6 +84,7 @@ class Conversion:
         weights: parameters inside quantized layers.
         layer_bytes: bytes that the layers take in the output.
         total_bytes: bytes of all tensors in the output.
+        choices: how each tensor was stored, where the container has several ways.
     """
 
     source: Path
@@ -97,6 +99,7 @@ class Conversion:
     weights: int = 0
     layer_bytes: int = 0
     total_bytes: int = 0
+    choices: tuple[Choice, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -118,6 +121,7 @@ class Conversion:
             "casts": vars(self.casts),
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.total_bytes,
+            "choices": [vars(choice) for choice in self.choices],
         }
 
 
@@ -127,7 +131,7 @@ def convert(
     target: str,
     *,
     source_format: str | None = None,
-    dtype: torch.dtype | None = None,
+    options: Mapping[str, str] | None = None,
     shard_size: int = 5 * 10**9,
     force: bool = False,
     start: Callable[[int], Callable[[str], None]] = lambda total: lambda name: None,
@@ -139,7 +143,7 @@ def convert(
         out: output folder; it appears complete or not at all.
         target: format id.
         source_format: read ``source`` as this format instead of detecting it.
-        dtype: dtype of a ``dense`` output; None elsewhere.
+        options: what the target format's constructor takes (``Format.options``).
         shard_size: bytes of a file.
         force: replace an existing checkpoint at ``out``.
         start: called with the number of tensors to write; returns what is called with each layer's name when done.
@@ -147,14 +151,14 @@ def convert(
     Raises:
         EqatError: the source cannot be read, the target cannot hold a layer, or the output exists.
     """
-    form = get_format(target, **({"dtype": dtype} if dtype is not None else {}))
+    form = get_format(target, **(options or {}))
     with open_checkpoint(source, source_format) as checkpoint:
         if checkpoint.format is None or checkpoint.scheme is None:
             raise InputError(
                 f"{source} is a full-precision model, and export converts quantized ones: eqat train {source}"
             )
         _check_output(source, out)
-        writer = CheckpointWriter(out, shard_size=shard_size, force=force)
+        writer = create_model(form, out, checkpoint, shard_size=shard_size, force=force)
         check_layers(checkpoint, form)
         result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
         with writer:
@@ -163,16 +167,9 @@ def convert(
                 _write_layer(writer, checkpoint, form, name, result)
                 step(name)
             for name in checkpoint.passthrough_names:
-                _write_tensor(writer, checkpoint, name, dtype, result)
-            write_model_config(
-                writer,
-                checkpoint.reader.config,
-                form,
-                checkpoint.scheme,
-                checkpoint.ignore,
-                overrides=checkpoint.overrides,
-            )
-            writer.copy_companions(source)
+                _write_tensor(writer, checkpoint, name, form.passthrough_dtype(), result)
+            writer.finish()
+        result.choices = writer.choices()
     return result
 
 
@@ -189,43 +186,25 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
             raise UnsupportedSchemeError(f"layer {name}: {error}") from error
 
 
-def dense_dtype(name: str | None, target: str) -> torch.dtype | None:
-    """The dtype of a dense output; None for other formats.
-
-    Raises:
-        InputError: the name is unknown, or given for a format that has no dtype.
-    """
-    if target != "dense":
-        if name is not None:
-            raise InputError(f"--dtype {name} is for --to dense; {target} keeps the dtypes it stores")
-        return None
-    if name is not None and name not in DTYPES:
-        raise InputError(f"--dtype is {name!r}; allowed are {', '.join(DTYPES)}")
-    return DTYPES[name or "float16"]
-
-
-def _write_layer(writer: CheckpointWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
-    if checkpoint.shares_packing_with(form, name):
-        stored = convert_layer(writer, form, checkpoint, name)
-        untouched = same_bits(stored["scales"], checkpoint.get(f"{name}.scales"))
-        layer = None if untouched else checkpoint.layer(name)
-    else:
-        layer = checkpoint.layer(name)
-        stored = write_layer(writer, form, name, layer)
-    kind = Exactness.EXACT if layer is None else _measure(form, name, layer, stored, result.rounded)
-    rows, columns = checkpoint.layer_features(name)
+def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
+    layer = checkpoint.packed_layer(name)
+    stored = write_layer(writer, form, name, layer)
     size = sum(tensor.nbytes for tensor in stored.values())
-    result.exactness[kind] += 1
-    result.weights += rows * columns
+    result.exactness[_measure(form, name, layer, stored, result.rounded)] += 1
+    result.weights += layer.out_features * layer.in_features
     result.layer_bytes += size
     result.total_bytes += size
 
 
 def _measure(
-    form: Format, name: str, layer: QuantizedLinear, stored: Mapping[str, Tensor], rounding: Rounding
+    form: Format, name: str, layer: QuantizedLinear | PackedLinear, stored: Mapping[str, Tensor], rounding: Rounding
 ) -> Exactness:
     """How exactly a layer was held; what was rounded is added to ``rounding``. A few rows at a time."""
-    blocks = list(_row_blocks(layer))
+    if isinstance(layer, PackedLinear) and isinstance(form, PackedFormat):
+        kind = form.exactness(layer)  # from scales and zeros alone
+        if kind is not Exactness.ROUNDED:
+            return kind
+    blocks = list(_row_blocks(layer.unpack()))
     kind = max((form.exactness(part) for _, part in blocks), key=list(Exactness).index)
     if kind is Exactness.ROUNDED:
         held = form.decode(stored, layer.scheme) if form.readable else stored[form.marker]
@@ -248,7 +227,7 @@ def _rows(layer: QuantizedLinear, rows: slice) -> QuantizedLinear:
 
 
 def _write_tensor(
-    writer: CheckpointWriter, checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, result: Conversion
+    writer: ModelWriter, checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, result: Conversion
 ) -> None:
     tensor = checkpoint.get(name)
     if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:

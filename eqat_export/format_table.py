@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from eqat_export.runtimes import RUNTIMES, get_runtime
 from formats import QuantizedLinear, QuantScheme, available_formats, get_format
-from formats.base import Exactness, Format
+from formats.base import Exactness, Format, FormatOption
 from formats.errors import UnsupportedSchemeError
 
 __all__ = ["FormatRow", "format_rows"]
@@ -27,6 +28,7 @@ class FormatRow:
         direction: ``read, write`` or ``write``.
         readers: runtimes that ``eqat verify --runtime`` can prove it with.
         extra: eqat's extra that brings those runtimes; empty when none is needed.
+        options: what ``eqat export`` takes for it besides its own options.
     """
 
     id: str
@@ -37,11 +39,20 @@ class FormatRow:
     exactness: str
     readers: tuple[str, ...]
     extra: str
+    options: tuple[FormatOption, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {**vars(self), "options": [vars(option) for option in self.options]}
 
 
-def format_rows() -> list[FormatRow]:
-    """Every registered format, asked itself."""
-    return [_row(get_format(format_id)) for format_id in available_formats()]
+def format_rows(name: str | None = None) -> list[FormatRow]:
+    """Every registered format, or the one named, asked itself.
+
+    Raises:
+        UnknownFormatError: the name is not registered.
+    """
+    return [_row(get_format(format_id)) for format_id in ([name] if name else available_formats())]
 
 
 def _row(form: Format) -> FormatRow:
@@ -60,6 +71,7 @@ def _row(form: Format) -> FormatRow:
         _exactness(form, bits, groups),
         tuple(runtime.id for runtime in readers),
         ", ".join(extras),
+        form.options,
     )
 
 

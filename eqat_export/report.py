@@ -26,6 +26,7 @@ __all__ = [
     "show_findings",
     "show_formats",
     "show_inspection",
+    "show_options",
     "show_runtime",
 ]
 
@@ -157,6 +158,21 @@ def show_formats(rows: list[FormatRow], console: Console) -> None:
     console.print()
     for row in rows:
         console.print(f"[bold]{row.id}[/]: {escape(row.title)}")
+
+
+def show_options(row: FormatRow, console: Console) -> None:
+    """What ``eqat export --to`` takes for one format."""
+    console.print()
+    if not row.options:
+        console.print(f"no export options of its own: eqat export CHECKPOINT --to {row.id}")
+        return
+    console.print(f"options of eqat export CHECKPOINT --to {row.id}:")
+    grid = Table.grid(padding=(0, 2))
+    for option in row.options:
+        values = "|".join(option.choices) or "TEXT"
+        default = f" (default {option.default})" if option.default is not None else ""
+        grid.add_row("", escape(f"--{option.name} {values}"), escape(f"{option.help}{default}"))
+    console.print(grid)
 
 
 def show_inspection(inspection: Inspection, console: Console) -> None:

@@ -1,15 +1,17 @@
-"""A checkpoint in a real runtime, compared with our own dequantized forward pass.
+"""A checkpoint in a real runtime, compared with our own arithmetic.
 
-Two proofs, on the same loaded model:
+Two proofs, on the same loaded checkpoint:
 
 1. Weights. Every quantized layer of the runtime is fed unit vectors, so that its output is its weight matrix, column
    by column, with a single non-zero product in each sum: no rounding but that of the weights themselves. It has to
-   equal ``fp16((q - z) * s)`` bit for bit. Layers of more than ``FULL_PROBE`` multiplications are probed with one
-   input feature of every group, which still covers every scale and every zero-point.
-2. Logits on fixed token ids. The yardstick is measured in the same run: how far our own forward pass in fp16 is from
-   the one in fp32. A correct runtime does the same fp16 arithmetic in another order, so its error is another draw of
-   the same kind: the root mean square over all logits may be ``RMS_FACTOR`` times ours, the largest one
-   ``MAX_FACTOR`` times.
+   equal ``(q - z) * s`` rounded to the dtype in which the runtime computes, bit for bit. Layers of more than
+   ``FULL_PROBE`` multiplications are probed with one input feature of every group, which still covers every scale and
+   every zero-point.
+2. Arithmetic. Logits on fixed token ids; the yardstick is measured in the same run: how far our own forward pass in
+   the runtime's dtype is from a finer one. A correct runtime does the same arithmetic in another order, so its error
+   is another draw of the same kind: the root mean square over all logits may be ``RMS_FACTOR`` times ours, the largest
+   one ``MAX_FACTOR`` times. A runtime of single layers has no logits; there, outputs for random inputs are compared
+   with float64, and may be ``OUTPUT_FACTOR`` times as far off as exact outputs rounded to the dtype.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eqat_export.quiet import library_output_hidden
-from eqat_export.runtimes.base import Runtime
+from eqat_export.runtimes.base import Runtime, Session
 from eqat_export.runtimes.reference import reference_logits, token_ids
+from eqat_export.tensors import dtype_name
 from formats.affine import dequantize
 from formats.errors import CheckpointError
 from formats.model import Checkpoint
@@ -32,6 +35,8 @@ __all__ = ["RuntimeResult", "check_runtime"]
 
 RMS_FACTOR = 1.5
 MAX_FACTOR = 2.0
+OUTPUT_FACTOR = 2.0
+RANDOM_ROWS = (1, 16)
 FULL_PROBE = 2**33
 PROBE_ROWS = 4096
 # What libraries raise over a folder that they do not take; anything else is a bug and stays one.
@@ -52,27 +57,37 @@ class RuntimeResult:
     """What the runtime computed, against us.
 
     Attributes:
+        dtype: in which the runtime computes.
         refusal: what the runtime said instead of loading the checkpoint; empty when it loaded.
         wrong_layers: layer -> how many of its probed weights differ.
         weights: weights probed.
-        error_max, error_rms: runtime's logits against our fp32 logits.
-        fp16_max, fp16_rms: our fp16 logits against our fp32 logits.
-        logit_std: spread of the fp32 logits, for scale.
+        tokens: batch and length of the logits compared; empty where the runtime runs single layers.
+        error_max, error_rms: runtime's logits against exact ones.
+        own_max, own_rms: the yardstick's logits against exact ones.
+        yardstick: whose logits those are.
+        logit_std: spread of the exact logits, for scale.
+        output_error: largest relative error of a layer's outputs for random inputs, where there are no logits.
+        output_ratio: the same, divided by what rounding exact outputs to ``dtype`` costs.
     """
 
     runtime: str
     version: str
     device: str
-    tokens: tuple[int, ...]
     layers: int
+    dtype: str = ""
     refusal: str = ""
     weights: int = 0
     wrong_layers: dict[str, int] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
     error_max: float = 0.0
     error_rms: float = 0.0
-    fp16_max: float = 0.0
-    fp16_rms: float = 0.0
+    own_max: float = 0.0
+    own_rms: float = 0.0
+    yardstick: str = "our own"
     logit_std: float = 0.0
+    output_error: float = 0.0
+    output_ratio: float = 0.0
+    output_layer: str = ""
 
     @property
     def weights_ok(self) -> bool:
@@ -81,8 +96,10 @@ class RuntimeResult:
 
     @property
     def logits_ok(self) -> bool:
-        """Within what fp16 rounding does; false for NaN."""
-        return self.error_max <= MAX_FACTOR * self.fp16_max and self.error_rms <= RMS_FACTOR * self.fp16_rms
+        """Within what the dtype's rounding does; false for NaN."""
+        if not self.tokens:
+            return self.output_ratio <= OUTPUT_FACTOR
+        return self.error_max <= MAX_FACTOR * self.own_max and self.error_rms <= RMS_FACTOR * self.own_rms
 
     @property
     def ok(self) -> bool:
@@ -91,14 +108,15 @@ class RuntimeResult:
 
     def lines(self) -> list[str]:
         """For a person."""
-        title = f"{self.runtime} {self.version} on {self.device}, {self.tokens[0]} x {self.tokens[1]} tokens"
+        title = f"{self.runtime} {self.version} on {self.device}"
         if self.refusal:
             return [title, f"does not load it: {self.refusal}"]
         if not self.layers:
             weights = "no quantized layers; logits only"
         elif self.weights_ok:
             weights = (
-                f"all {self.layers} layers compute with our weights ({self.weights:,} compared, bit for bit in fp16)"
+                f"all {self.layers} layers compute with our weights "
+                f"({self.weights:,} compared, bit for bit in {self.dtype})"
             )
         else:
             worst = max(self.wrong_layers, key=lambda name: self.wrong_layers[name])
@@ -106,12 +124,19 @@ class RuntimeResult:
                 f"weights of {len(self.wrong_layers)} of {self.layers} layers differ, most in {worst} "
                 f"({self.wrong_layers[worst]:,} weights)"
             )
-        return [
-            title,
-            weights,
-            f"logits: rms error {self.error_rms:.3g} (allowed {RMS_FACTOR:g} x fp16's {self.fp16_rms:.3g}), largest "
-            f"{self.error_max:.3g} (allowed {MAX_FACTOR:g} x {self.fp16_max:.3g}), logit std {self.logit_std:.3g}",
-        ]
+        return [title, weights, self._arithmetic()]
+
+    def _arithmetic(self) -> str:
+        if not self.tokens:
+            return (
+                f"outputs for random inputs: largest relative error {self.output_error:.3g} in {self.output_layer}, "
+                f"{self.output_ratio:.3g} x what rounding them to {self.dtype} costs (allowed {OUTPUT_FACTOR:g})"
+            )
+        return (
+            f"logits on {self.tokens[0]} x {self.tokens[1]} tokens: rms error {self.error_rms:.3g} (allowed "
+            f"{RMS_FACTOR:g} x {self.yardstick} in {self.dtype}, {self.own_rms:.3g}), largest {self.error_max:.3g} "
+            f"(allowed {MAX_FACTOR:g} x {self.own_max:.3g}), logit std {self.logit_std:.3g}"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """JSON values only."""
@@ -119,7 +144,7 @@ class RuntimeResult:
 
 
 def check_runtime(checkpoint: Checkpoint, runtime: Runtime, ids: Tensor | None = None) -> RuntimeResult:
-    """Loads a checkpoint in a runtime and compares it with our own forward pass.
+    """Loads a checkpoint in a runtime and compares it with our own arithmetic.
 
     Args:
         checkpoint: a checkpoint whose format the runtime reads.
@@ -133,53 +158,73 @@ def check_runtime(checkpoint: Checkpoint, runtime: Runtime, ids: Tensor | None =
     """
     runtime.check(checkpoint.format.id if checkpoint.format else None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ids = token_ids(_vocabulary(checkpoint)) if ids is None else ids
-    result = RuntimeResult(runtime.id, runtime.version, str(device), tuple(ids.shape), len(checkpoint.layer_names))
+    result = RuntimeResult(runtime.id, runtime.version, str(device), len(checkpoint.layer_names))
     with library_output_hidden():
-        exact = reference_logits(checkpoint, ids, torch.float32, device)
-        half = reference_logits(checkpoint, ids, torch.float16, device)
-        bits = checkpoint.scheme.bits if checkpoint.scheme else None
+        ids = token_ids(vocabulary(checkpoint)) if ids is None else ids
         try:
-            model = runtime.load(checkpoint.reader.folder, bits, device)
-            theirs = runtime.logits(model, ids.to(device))
+            session = runtime.load(checkpoint, device)
+            result.dtype = dtype_name(session.dtype)
+            theirs = session.logits(ids.to(device))
         except REFUSALS as error:
             result.refusal = f"{type(error).__name__}: {error}"
             return result
-        _compare_weights(checkpoint, runtime, model, device, result)
-    result.logit_std = float(exact.std())
-    result.error_max, result.error_rms = _spread(theirs, exact)
-    result.fp16_max, result.fp16_rms = _spread(half, exact)
+        for name in checkpoint.layer_names:
+            _compare_layer(checkpoint, session, name, theirs is None, device, result)
+        if theirs is not None:
+            _compare_logits(checkpoint, session, ids, theirs, device, result)
     return result
 
 
-def _compare_weights(
-    checkpoint: Checkpoint, runtime: Runtime, model: nn.Module, device: torch.device, result: RuntimeResult
+def _compare_logits(
+    checkpoint: Checkpoint, session: Session, ids: Tensor, theirs: Tensor, device: torch.device, result: RuntimeResult
 ) -> None:
-    modules = dict(model.named_modules())
-    for name in checkpoint.layer_names:
-        if name not in modules:
-            raise CheckpointError(
-                f"{runtime.id} has no module {name}; config.json and the layers contradict each other"
-            )
-        probed, wrong = _probe(runtime, modules[name], checkpoint.layer(name), device)
-        result.weights += probed
-        if wrong:
-            result.wrong_layers[name] = wrong
+    finer = torch.float64 if session.dtype == torch.float32 else torch.float32
+    exact = reference_logits(checkpoint, ids, finer, device)
+    coarse = session.yardstick(ids.to(device))
+    if coarse is None:
+        coarse = reference_logits(checkpoint, ids, session.dtype, device)
+    else:
+        result.yardstick = f"{result.runtime}'s own on dense weights"
+    result.tokens = tuple(ids.shape)
+    result.logit_std = float(exact.std())
+    result.error_max, result.error_rms = _spread(theirs, exact)
+    result.own_max, result.own_rms = _spread(coarse, exact)
 
 
-def _probe(runtime: Runtime, module: nn.Module, layer: QuantizedLinear, device: torch.device) -> tuple[int, int]:
-    """Weights compared, and how many of them differ."""
+def _compare_layer(
+    checkpoint: Checkpoint, session: Session, name: str, alone: bool, device: torch.device, result: RuntimeResult
+) -> None:
+    """Probes one layer's weights and, when no logits will tell about its arithmetic, its outputs for random inputs."""
+    run = session.layer(name)
+    if run is None:
+        raise CheckpointError(
+            f"{result.runtime} has no module {name}; config.json and the layers contradict each other"
+        )
+    layer = checkpoint.layer(name)
+    weight = dequantize(layer).to(session.dtype)  # [out, in]
     columns = probe_columns(layer)
-    weight = dequantize(layer).half()  # [out, in]
     wrong = 0
     for chunk in columns.split(PROBE_ROWS):
-        inputs = torch.zeros(len(chunk), layer.in_features, dtype=torch.float16)
+        inputs = torch.zeros(len(chunk), layer.in_features, dtype=session.dtype)
         inputs[torch.arange(len(chunk)), chunk] = 1
         expected = weight[:, chunk].T  # [rows, out]
         if layer.bias is not None:
-            expected = (expected.float() + layer.bias.half().float()).half()
-        wrong += int((runtime.layer_rows(module, inputs.to(device)) != expected).sum())
-    return len(columns) * layer.out_features, wrong
+            expected = (expected.float() + layer.bias.to(session.dtype).float()).to(session.dtype)
+        wrong += int((run(inputs.to(device)).cpu() != expected).sum())
+    result.weights += len(columns) * layer.out_features
+    if wrong:
+        result.wrong_layers[name] = wrong
+    if alone:
+        generator = torch.Generator().manual_seed(0)
+        for rows in RANDOM_ROWS:
+            inputs = torch.randn(rows, layer.in_features, generator=generator).to(session.dtype)
+            exact = inputs.double() @ weight.double().T
+            if layer.bias is not None:
+                exact += layer.bias.to(session.dtype).double()
+            error = _relative(run(inputs.to(device)).cpu(), exact)
+            limit = _relative(exact.to(session.dtype), exact)  # what storing the outputs costs by itself
+            if error / limit > result.output_ratio:
+                result.output_ratio, result.output_error, result.output_layer = error / limit, error, name
 
 
 def probe_columns(layer: QuantizedLinear) -> Tensor:
@@ -198,7 +243,12 @@ def _spread(logits: Tensor, exact: Tensor) -> tuple[float, float]:
     return float(difference.abs().max()), float(difference.square().mean().sqrt())
 
 
-def _vocabulary(checkpoint: Checkpoint) -> int:
+def _relative(found: Tensor, exact: Tensor) -> float:
+    """``||found - exact|| / ||exact||``, L2."""
+    return float(torch.linalg.vector_norm(found.double() - exact) / torch.linalg.vector_norm(exact))
+
+
+def vocabulary(checkpoint: Checkpoint) -> int:
     """Ids that certainly exist: the rows of the embedding as the configuration states them."""
     config = checkpoint.reader.config
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")

@@ -7,7 +7,7 @@ from .affine import dequantize, quantize, round_to_nearest
 from .base import Exactness, Format
 from .errors import EqatError
 from .packing import pack_bits, unpack_bits
-from .registry import available_formats, get_format
+from .registry import available_formats, get_format, get_format_class
 from .types import QuantizedLinear, QuantScheme
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "available_formats",
     "dequantize",
     "get_format",
+    "get_format_class",
     "pack_bits",
     "quantize",
     "round_to_nearest",

@@ -1,11 +1,12 @@
 """What a storage format is.
 
 A format maps one canonical layer to local tensor names and back. It owns the layout of those tensors, the
-configuration its readers expect, and the statement of what it can hold. It never touches files: reading and writing
-folders is ``checkpoint.py``'s work, and shifting bits is ``packing.py``'s.
+configuration its readers expect, and the statement of what it can hold. It never touches files: that is a container's
+work (``container.py``), and shifting bits is ``packing.py``'s.
 
 A subclass writes ``check``, ``encode``, ``decode``, ``features``, ``quantization_config`` and ``parse_config``; the
-rest has defaults. ``encode`` refuses whatever ``check`` refuses.
+rest has defaults. ``encode`` refuses whatever ``check`` refuses. A layout that stores the usual bit stream is a
+PackedFormat and writes ``encode_packed`` and ``decode_packed`` instead.
 
 Exactness of ``decode(encode(layer))``:
 
@@ -19,17 +20,24 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .container import ModelReader, ModelWriter
 from .errors import CheckpointError
+from .packed import PackedLinear
 from .types import QuantizedLinear, QuantScheme
 
-__all__ = ["NO_OVERRIDES", "Exactness", "Format"]
+if TYPE_CHECKING:
+    from .model import Checkpoint
+
+__all__ = ["NO_OVERRIDES", "Exactness", "Format", "FormatOption", "PackedFormat"]
 
 NO_OVERRIDES: Mapping[str, QuantScheme] = MappingProxyType({})
 
@@ -42,6 +50,23 @@ class Exactness(enum.Enum):
     ROUNDED = "rounded"
 
 
+@dataclass(frozen=True)
+class FormatOption:
+    """One choice that a format leaves to whoever exports.
+
+    Attributes:
+        name: as typed after ``--``; the format's constructor takes it with underscores, as a string.
+        choices: allowed values; empty when any text will do.
+        default: what it is when nothing is said; None when the format then decides by itself.
+        help: one line.
+    """
+
+    name: str
+    choices: tuple[str, ...]
+    default: str | None
+    help: str
+
+
 class Format(ABC):
     """One storage layout of a quantized linear layer.
 
@@ -51,6 +76,7 @@ class Format(ABC):
         marker: local name of the tensor whose presence marks a quantized layer, e.g. ``"qweight"``.
         local_names: every local tensor name a layer may have; anything else beside a layer is passed through.
         readable: False for layouts that cannot be decoded to codes (dense weights).
+        options: what the constructor takes.
     """
 
     id: ClassVar[str]
@@ -58,6 +84,7 @@ class Format(ABC):
     marker: ClassVar[str]
     local_names: ClassVar[tuple[str, ...]]
     readable: ClassVar[bool] = True
+    options: ClassVar[tuple[FormatOption, ...]] = ()
 
     @abstractmethod
     def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
@@ -71,8 +98,8 @@ class Format(ABC):
     def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
         """The canonical layer from local tensors.
 
-        ``scheme`` is what the configuration says; the returned layer's scheme is what the tensors really hold
-        (``sym`` and ``desc_act`` follow the values).
+        ``scheme`` is what the configuration says, or the scheme of the layer just encoded; the returned layer's scheme
+        is what the tensors really hold (``sym`` and ``desc_act`` follow the values).
 
         Raises:
             CheckpointError: tensors that are missing, of a wrong shape or dtype, or contradict the scheme.
@@ -122,6 +149,10 @@ class Format(ABC):
         """The dtype ``config.json`` has to name for readers to take the tensors as stored; None keeps the source's."""
         return None
 
+    def passthrough_dtype(self) -> torch.dtype | None:
+        """The dtype that tensors of no quantized layer are cast to; None keeps each one's own."""
+        return None
+
     def detect(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """True when a checkpoint with this quantization configuration and these tensor names is in this format."""
         return False
@@ -142,23 +173,47 @@ class Format(ABC):
         """Scheme of one layer: ``name`` is its module path, ``shapes`` its local tensors' shapes."""
         return self.parse_config(config)
 
-    def packed_layout(self, scheme: QuantScheme, out_features: int, in_features: int) -> Hashable | None:
-        """What decides the bytes of this layer's packed integers; None when they must not be taken over as they are."""
+    def reads(self, path: Path) -> bool:
+        """True for a path that this format's own container opens; safetensors folders need no claim."""
+        return False
+
+    def open(self, path: Path) -> ModelReader:
+        """The container behind a path that ``reads`` claims."""
+        raise NotImplementedError(f"{self.id} claims {path} and has no reader for it")
+
+    def create(self, out: Path, source: Checkpoint, *, shard_size: int, force: bool) -> ModelWriter | None:
+        """A writer for a conversion of ``source`` to ``out``; None where a safetensors folder is what readers want."""
         return None
 
-    def shares_packing_with(self, other: Format, scheme: QuantScheme, out_features: int, in_features: int) -> bool:
-        """True when packed integers of a layer in ``other`` are this format's, byte for byte."""
-        layout = self.packed_layout(scheme, out_features, in_features)
-        return layout is not None and layout == other.packed_layout(scheme, out_features, in_features)
-
-    def adopt(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
-        """Like ``encode``, from local tensors of a format this one shares its packing with; integers stay untouched."""
-        raise NotImplementedError(f"{self.id} declares a packed_layout but not adopt")
-
-    def exactness(self, layer: QuantizedLinear) -> Exactness:
+    def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """How faithfully this layer, with its scheme and scale dtype, is held."""
         return Exactness.EXACT
 
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """Largest |stored weight - weight| for each weight, fp32, broadcastable to ``[out, in]``."""
         return torch.zeros(1, 1)
+
+
+class PackedFormat(Format):
+    """A layout whose integers are the stream of PackedLinear, perhaps transposed or with its words permuted."""
+
+    @abstractmethod
+    def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
+        """Like ``encode``, which has already called ``check``."""
+
+    @abstractmethod
+    def decode_packed(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> PackedLinear:
+        """Like ``decode``."""
+
+    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """Packs the codes, then ``encode_packed``.
+
+        Raises:
+            UnsupportedSchemeError: what ``check`` refuses, or values that the stored dtype cannot hold.
+        """
+        self.check(layer.scheme, layer.out_features, layer.in_features)
+        return self.encode_packed(PackedLinear.pack(layer))
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
+        """``decode_packed``, then unpacks the codes."""
+        return self.decode_packed(tensors, scheme).unpack()

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -90,6 +90,11 @@ class CheckpointWriter:
             self._shard.append(name, data)
         self._names.add(name)
         self._total_bytes += data.nbytes
+
+    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Appends the tensors of one layer, local name -> tensor, as ``{name}.{local name}``."""
+        for local, tensor in tensors.items():
+            self.add(f"{name}.{local}", tensor)
 
     def write_json(self, filename: str, value: Any) -> None:
         """Writes a JSON file beside the weights, replacing one of the same name."""

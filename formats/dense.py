@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .affine import dequantize
-from .base import NO_OVERRIDES, Exactness, Format
+from .base import NO_OVERRIDES, Exactness, Format, FormatOption
 from .errors import CheckpointError, InputError, UnsupportedSchemeError
+from .packed import PackedLinear
 from .types import QuantizedLinear, QuantScheme
 
 __all__ = ["DenseFormat"]
@@ -34,6 +35,9 @@ class DenseFormat(Format):
     marker: ClassVar[str] = "weight"
     local_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     readable: ClassVar[bool] = False
+    options: ClassVar[tuple[FormatOption, ...]] = (
+        FormatOption("dtype", tuple(_DTYPES), "float16", "dtype of every tensor in the output"),
+    )
 
     def __init__(self, dtype: torch.dtype | str = torch.float16) -> None:
         name = str(dtype).removeprefix("torch.")
@@ -84,9 +88,13 @@ class DenseFormat(Format):
         """The weights' dtype."""
         return self.dtype
 
-    def exactness(self, layer: QuantizedLinear) -> Exactness:
+    def passthrough_dtype(self) -> torch.dtype:
+        """The weights' dtype: the whole model has one."""
+        return self.dtype
+
+    def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """EXACT_WEIGHTS when no weight is rounded."""
-        weight = dequantize(layer)
+        weight = dequantize(layer.unpack())
         exact = torch.equal(weight.to(self.dtype).float(), weight)
         return Exactness.EXACT_WEIGHTS if exact else Exactness.ROUNDED
 

@@ -8,7 +8,7 @@ field ever wraps. Layout, readers and sources: ``gptq.md``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from .affine import dequantize, expand_groups
 from .base import NO_OVERRIDES, Exactness
 from .errors import CheckpointError, InvalidLayerError, UnsupportedSchemeError
+from .packed import PackedLinear
 from .qweight import QweightFormat, config_integer
 from .types import QuantizedLinear, QuantScheme
 from .version import __version__
@@ -77,7 +78,7 @@ class GptqV2Format(QweightFormat):
         stored = bias.to(torch.float16)
         return stored if torch.equal(stored.to(bias.dtype), bias) else bias
 
-    def exactness(self, layer: QuantizedLinear) -> Exactness:
+    def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """EXACT when every scale is an fp16 number."""
         return Exactness.EXACT if _is_fp16(layer.scales) else Exactness.ROUNDED
 
@@ -182,10 +183,10 @@ class GptqV1Format(GptqV2Format):
         found = producers(config)
         return GptqV1Format("word" if "gptqmodel" in found and "eqat" not in found else "field")
 
-    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+    def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
         """Groups with ``z = 0`` are complemented first."""
         absent = layer.zeros == 0
-        return super().encode(layer.complement(absent) if bool(absent.any()) else layer)
+        return super().encode_packed(layer.complement(absent) if bool(absent.any()) else layer)
 
     def stored_zeros(self, zeros: Tensor) -> Tensor:
         """``z - 1``; zeros are 1 or more here."""
@@ -198,11 +199,7 @@ class GptqV1Format(GptqV2Format):
             zeros = _carry(zeros, bits)
         return zeros & (2**bits - 1)
 
-    def packed_layout(self, scheme: QuantScheme, out_features: int, in_features: int) -> Hashable | None:
-        """Always packed anew: another producer's file may hold wrapped fields."""
-        return None
-
-    def exactness(self, layer: QuantizedLinear) -> Exactness:
+    def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """EXACT_WEIGHTS instead of EXACT when a group was complemented."""
         plain = super().exactness(layer)
         complemented = plain is Exactness.EXACT and bool((layer.zeros == 0).any())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,30 +14,34 @@ import torch
 from torch import Tensor
 
 from .affine import dequantize
-from .base import NO_OVERRIDES, Format
-from .checkpoint import CheckpointReader, CheckpointWriter
-from .errors import CheckpointError, UnknownFormatError, UnsupportedSchemeError
+from .base import Format, PackedFormat
+from .checkpoint import CheckpointReader
+from .container import ModelReader
+from .errors import CheckpointError, UnknownFormatError
+from .packed import PackedLinear
 from .registry import available_formats, get_format
 from .types import QuantizedLinear, QuantScheme
 
-__all__ = ["Checkpoint", "convert_layer", "open_checkpoint", "write_layer", "write_model_config"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 _PACKED_SUFFIXES = (".qweight", ".weight_packed", ".qzeros")
 
 
 def open_checkpoint(folder: Path | str, format_id: str | None = None) -> Checkpoint:
-    """Opens a checkpoint folder in any known format, or in full precision.
+    """Opens a checkpoint in any known format, or in full precision.
 
     Args:
-        folder: local folder.
+        folder: local folder, or the file of a format that has a container of its own.
         format_id: read it as this format whatever its configuration says; by default it is detected.
 
     Raises:
         CheckpointError: the folder is damaged or contradicts itself.
         UnknownFormatError: it is quantized in a way no known format recognises, or ``format_id`` is unknown.
     """
-    reader = CheckpointReader(folder)
-    fmt = _detect(reader) if format_id is None else get_format(format_id)
+    asked = None if format_id is None else get_format(format_id)
+    own = next((fmt for fmt in _containers(asked) if fmt.reads(Path(folder))), None)
+    reader: ModelReader = CheckpointReader(folder) if own is None else own.open(Path(folder))
+    fmt = asked or _detect(reader)
     return Checkpoint(reader, fmt if fmt is not None and fmt.readable else None)
 
 
@@ -45,14 +49,14 @@ class Checkpoint:
     """A checkpoint folder seen as a model; a context manager.
 
     Attributes:
-        reader: the folder underneath.
+        reader: the folder or file underneath.
         format: the format of its quantized layers, None in full precision.
         config: its quantization configuration, inferred from shapes where the folder has none.
         layer_names: module paths of quantized linears, in file order.
         passthrough_names: full names of all other tensors, in file order.
     """
 
-    def __init__(self, reader: CheckpointReader, fmt: Format | None) -> None:
+    def __init__(self, reader: ModelReader, fmt: Format | None) -> None:
         self.reader = reader
         self.layer_names: tuple[str, ...] = ()
         self._owned: dict[str, str] = {}
@@ -106,11 +110,6 @@ class Checkpoint:
         with self._naming(name):
             return self._format_of(name).layer_scheme(self.config, name, self.layer_shapes(name))
 
-    def shares_packing_with(self, fmt: Format, name: str) -> bool:
-        """True when a layer's packed integers are the same bytes in ``fmt``."""
-        origin, scheme = self._format_of(name), self.layer_scheme(name)
-        return fmt.shares_packing_with(origin, scheme, *self.layer_features(name))
-
     def layer_features(self, name: str) -> tuple[int, int]:
         """``(out_features, in_features)`` of one layer, from metadata."""
         scheme = self.layer_scheme(name)
@@ -136,6 +135,19 @@ class Checkpoint:
         scheme, tensors = self.layer_scheme(name), self.layer_tensors(name)
         with self._naming(name):
             return self._format_of(name).decode(tensors, scheme)
+
+    def packed_layer(self, name: str) -> QuantizedLinear | PackedLinear:
+        """One layer with its codes as the format stores them: packed in the usual stream, or else one byte each.
+
+        Raises:
+            CheckpointError: as ``layer``.
+        """
+        fmt = self._format_of(name)
+        if not isinstance(fmt, PackedFormat):
+            return self.layer(name)
+        scheme, tensors = self.layer_scheme(name), self.layer_tensors(name)
+        with self._naming(name):
+            return fmt.decode_packed(tensors, scheme)
 
     def get(self, name: str) -> Tensor:
         """One tensor as stored, by its full name."""
@@ -187,68 +199,9 @@ class Checkpoint:
         return self.format
 
 
-def write_layer(writer: CheckpointWriter, fmt: Format, name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
-    """Encodes one layer, writes its tensors, and returns them by local name.
-
-    Raises:
-        UnsupportedSchemeError: the format cannot hold it; the text names the layer.
-    """
-    try:
-        tensors = fmt.encode(layer)
-    except UnsupportedSchemeError as exc:
-        raise UnsupportedSchemeError(f"layer {name}: {exc}") from exc
-    _write(writer, name, tensors)
-    return tensors
-
-
-def convert_layer(writer: CheckpointWriter, fmt: Format, source: Checkpoint, name: str) -> dict[str, Tensor]:
-    """Writes one layer of a checkpoint in another format, its packed integers untouched where both pack alike.
-
-    Returns:
-        What was written, by local name.
-
-    Raises:
-        UnsupportedSchemeError: the format cannot hold it; the text names the layer.
-    """
-    if not source.shares_packing_with(fmt, name):
-        return write_layer(writer, fmt, name, source.layer(name))
-    try:
-        tensors = fmt.adopt(source.layer_tensors(name), source.layer_scheme(name))
-    except (UnsupportedSchemeError, CheckpointError) as exc:
-        raise type(exc)(f"layer {name}: {exc}") from exc
-    _write(writer, name, tensors)
-    return tensors
-
-
-def write_model_config(
-    writer: CheckpointWriter,
-    source_config: Mapping[str, Any],
-    fmt: Format,
-    scheme: QuantScheme,
-    ignore: Collection[str] = ("lm_head",),
-    *,
-    overrides: Mapping[str, QuantScheme] = NO_OVERRIDES,
-) -> None:
-    """Writes ``config.json`` and the format's sidecar files.
-
-    Every field of ``source_config`` is kept but quantization_config, and the dtype where the format has to name one.
-    """
-    config = {key: value for key, value in source_config.items() if key != "quantization_config"}
-    dtype = fmt.model_dtype()
-    if dtype is not None:
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        config.update(dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
-    quantization = fmt.quantization_config(scheme, ignore, overrides)
-    if quantization:
-        config["quantization_config"] = quantization
-    writer.write_json("config.json", config)
-    for filename, value in fmt.sidecar_files(scheme, ignore, overrides).items():
-        writer.write_json(filename, value)
-
-
-def _write(writer: CheckpointWriter, name: str, tensors: Mapping[str, Tensor]) -> None:
-    for local, tensor in tensors.items():
-        writer.add(f"{name}.{local}", tensor)
+def _containers(asked: Format | None) -> Iterator[Format]:
+    """Formats whose container may hold a path: all of them, or the one that was asked for."""
+    return iter([asked]) if asked is not None else map(get_format, available_formats())
 
 
 def _block_list(name: str) -> str | None:
@@ -261,7 +214,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _detect(reader: CheckpointReader) -> Format | None:
+def _detect(reader: ModelReader) -> Format | None:
     config = reader.quantization_config
     for format_id in available_formats():
         fmt = get_format(format_id)

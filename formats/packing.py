@@ -8,6 +8,8 @@ the field, and one parameter tells them apart:
 - a fixed count a word (``per_word=n``): each word holds ``n`` values and its remaining high bits stay zero.
   EfficientQAT packs 3-bit this way, ten values a word.
 
+``restream`` goes from one to the other without unpacking: ten 3-bit values are 30 bits of the same stream.
+
 The stream is built bytewise in uint8 arithmetic and then viewed as the container, so no intermediate is larger than
 the values themselves. The last word is padded with zero bits.
 """
@@ -20,7 +22,7 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["pack_bits", "packed_length", "unpack_bits"]
+__all__ = ["pack_bits", "packed_length", "restream", "unpack_bits"]
 
 _CONTAINER_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
@@ -111,6 +113,52 @@ def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = -1, *, per_wo
             value = value | (source[..., byte + 1] << (8 - shift))
         values[..., i] = value & (2**bits - 1)
     return values.flatten(-2)[..., :count].movedim(-1, axis).contiguous()
+
+
+def restream(words: Tensor, length: int, used: int, target: int) -> Tensor:
+    """The same bit stream with another count of bits in each word, along the first axis.
+
+    Args:
+        words: int32 ``[ceil(length / used), ...]``; bits from ``used`` upwards, and past the stream's end, are ignored.
+        length: bits of the stream.
+        used: bits of the stream a word of ``words`` holds, 1 to 32.
+        target: the same for the result.
+
+    Returns:
+        int32 ``[ceil(length / target), ...]``, unused bits 0; ``words`` itself where nothing changes.
+
+    Raises:
+        ValueError: words are not int32, or not as many as the stream takes.
+    """
+    count = math.ceil(length / used)
+    if words.dtype != torch.int32 or words.shape[0] != count:
+        raise ValueError(
+            f"words are {words.dtype} {list(words.shape)}; {length} bits, {used} a word, take {count} int32"
+        )
+    tail = length - (count - 1) * used
+    if tail < _CONTAINER_BITS[torch.int32] and (used == target or tail < used):
+        last = _field(words[-1:], 0, tail)
+        if not torch.equal(last, words[-1:]):
+            words = torch.cat([words[:-1], last])
+    if used == target:
+        return words if used == 32 else _field(words, 0, used)
+    run = math.lcm(used, target)
+    periods = math.ceil(length / run)
+    padding = words.new_zeros(periods * run // used - count, *words.shape[1:])
+    source = torch.cat([words, padding]) if len(padding) else words
+    source = source.unflatten(0, (periods, run // used))
+    result = source.new_zeros(periods, run // target, *words.shape[1:])
+    for i in range(run // used):
+        for j in range(i * used // target, math.ceil((i + 1) * used / target)):
+            start = max(i * used, j * target)
+            end = min((i + 1) * used, (j + 1) * target)
+            result[:, j] |= _field(source[:, i], start - i * used, end - start) << (start - j * target)
+    return result.flatten(0, 1)[: math.ceil(length / target)]
+
+
+def _field(words: Tensor, low: int, width: int) -> Tensor:
+    """Bits ``low .. low+width-1`` of int32 words, as non-negative numbers unless they are all 32."""
+    return words if width == 32 else (words >> low) & ((1 << width) - 1)
 
 
 def _view_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,23 +15,24 @@ A subclass says how many values a word holds, and how zeros, scales and bias are
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Format
+from .base import PackedFormat
 from .errors import CheckpointError, InvalidLayerError
-from .packing import pack_bits, packed_length, unpack_bits
-from .types import SCALE_DTYPES, QuantizedLinear, QuantScheme
+from .packed import PackedLinear
+from .packing import pack_bits, packed_length, restream, unpack_bits
+from .types import SCALE_DTYPES, QuantScheme
 
 __all__ = ["QweightFormat", "config_integer"]
 
 _WORD_BITS = 32
 
 
-class QweightFormat(Format):
+class QweightFormat(PackedFormat):
     """A format with int32 ``qweight`` and ``qzeros``."""
 
     marker: ClassVar[str] = "qweight"
@@ -57,20 +58,18 @@ class QweightFormat(Format):
         """Inverse of ``stored_zeros`` on the unpacked uint8 fields ``[groups, out]``; int32."""
         return fields.to(torch.int32)
 
-    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+    def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
         """qweight, qzeros, scales, g_idx and, if there is one, bias.
 
         Raises:
-            UnsupportedSchemeError: what ``check`` refuses, or scales that the stored dtype cannot hold.
+            UnsupportedSchemeError: scales that the stored dtype cannot hold.
         """
-        scheme = layer.scheme
-        self.check(scheme, layer.out_features, layer.in_features)
-        per_word = self.per_word(scheme.bits)
+        bits, per_word = layer.scheme.bits, self.per_word(layer.scheme.bits)
         fields = self.stored_zeros(layer.zeros).to(torch.uint8)  # [out, groups]
-        qweight = pack_bits(layer.codes, scheme.bits, axis=1, per_word=per_word)  # [out, words]
-        qzeros = pack_bits(fields, scheme.bits, axis=0, per_word=per_word)  # [words, groups]
+        qzeros = pack_bits(fields, bits, axis=0, per_word=per_word)  # [words, groups]
+        used = per_word * bits if per_word else _WORD_BITS
         tensors = {
-            "qweight": qweight.T.contiguous(),
+            "qweight": restream(layer.words, layer.in_features * bits, _WORD_BITS, used),
             "qzeros": qzeros.T.contiguous(),
             "scales": self.stored_scales(layer.scales).T.contiguous(),
             "g_idx": layer.group_index().to(torch.int32),
@@ -79,20 +78,24 @@ class QweightFormat(Format):
             tensors["bias"] = self.stored_bias(layer.bias).contiguous()
         return tensors
 
-    def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
-        """The canonical layer; a g_idx that only counts groups up is dropped."""
+    def decode_packed(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> PackedLinear:
+        """The canonical layer; a g_idx that only counts groups up is dropped.
+
+        Words with unused bits are cleaned: other producers leave garbage there.
+        """
         self._check_tensors(tensors, scheme)
         out_features, in_features = self.features(_shapes(tensors), scheme)
-        per_word = self.per_word(scheme.bits)
-        codes = unpack_bits(tensors["qweight"].T, scheme.bits, in_features, axis=1, per_word=per_word)
-        fields = unpack_bits(tensors["qzeros"], scheme.bits, out_features, axis=1, per_word=per_word)
-        zeros = self.zeros_from_stored(fields, scheme.bits).T.contiguous()  # [out, groups] int32
+        bits, per_word = scheme.bits, self.per_word(scheme.bits)
+        used = per_word * bits if per_word else _WORD_BITS
+        words = restream(tensors["qweight"], in_features * bits, used, _WORD_BITS)
+        fields = unpack_bits(tensors["qzeros"], bits, out_features, axis=1, per_word=per_word)
+        zeros = self.zeros_from_stored(fields, bits).T  # [out, groups] int32
         g_idx = _act_order(tensors.get("g_idx"), scheme, in_features)
-        symmetric = bool((zeros == 2 ** (scheme.bits - 1)).all())
-        found = QuantScheme(scheme.bits, scheme.group_size, sym=symmetric, desc_act=g_idx is not None)
+        symmetric = bool((zeros == 2 ** (bits - 1)).all())
+        found = QuantScheme(bits, scheme.group_size, sym=symmetric, desc_act=g_idx is not None)
         try:
-            return QuantizedLinear(
-                codes, tensors["scales"].T.contiguous(), zeros, found, bias=tensors.get("bias"), g_idx=g_idx
+            return PackedLinear(
+                words, tensors["scales"].T, zeros, found, in_features, bias=tensors.get("bias"), g_idx=g_idx
             )
         except InvalidLayerError as exc:
             raise CheckpointError(str(exc)) from exc
@@ -111,38 +114,6 @@ class QweightFormat(Format):
             return out_features, shapes["g_idx"][0]
         per_word = self.per_word(scheme.bits)
         return out_features, rows * per_word if per_word else rows * _WORD_BITS // scheme.bits
-
-    def packed_layout(self, scheme: QuantScheme, out_features: int, in_features: int) -> Hashable | None:
-        """Alike whenever words are full, which makes a fixed count a word and a dense stream the same bytes.
-
-        Words with unused bits are packed anew: other producers leave garbage there.
-        """
-        per_word, spare = divmod(_WORD_BITS, scheme.bits)
-        if spare or in_features % per_word or out_features % per_word:
-            return None
-        return "int32 qweight and raw qzeros", scheme.bits
-
-    def adopt(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
-        """The same qweight and qzeros, with scales and bias as this format stores them."""
-        self._check_tensors(tensors, scheme)
-        out_features, in_features = self.features(_shapes(tensors), scheme)
-        self.check(scheme, out_features, in_features)
-        if not torch.isfinite(tensors["scales"]).all():
-            raise CheckpointError("scales hold NaN or infinity; every scale must be finite")
-        g_idx = _act_order(tensors.get("g_idx"), scheme, in_features)
-        if g_idx is None:
-            g_idx = _consecutive_groups(scheme, in_features)
-        adopted = {
-            "qweight": tensors["qweight"],
-            "qzeros": tensors["qzeros"],
-            "scales": self.stored_scales(tensors["scales"].T).T.contiguous(),
-            "g_idx": g_idx,
-        }
-        if "bias" in tensors:
-            if tuple(tensors["bias"].shape) != (out_features,) or not tensors["bias"].is_floating_point():
-                raise CheckpointError(f"bias has shape {list(tensors['bias'].shape)}; expected [{out_features}] floats")
-            adopted["bias"] = self.stored_bias(tensors["bias"])
-        return adopted
 
     def _check_tensors(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> None:
         out_features, in_features = self.features(_shapes(tensors), scheme)

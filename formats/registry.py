@@ -15,7 +15,7 @@ from typing import Any
 from .base import Format
 from .errors import UnknownFormatError
 
-__all__ = ["available_formats", "get_format"]
+__all__ = ["available_formats", "get_format", "get_format_class"]
 
 _BUILTIN = {
     "native": "formats.native:NativeFormat",
@@ -44,8 +44,8 @@ def available_formats() -> MappingProxyType[str, str]:
     return MappingProxyType(table)
 
 
-def get_format(format_id: str, **options: Any) -> Format:
-    """The format with this id, constructed with its options.
+def get_format_class(format_id: str) -> type[Format]:
+    """The class behind an id, not yet constructed.
 
     Raises:
         UnknownFormatError: the id is not registered.
@@ -54,4 +54,13 @@ def get_format(format_id: str, **options: Any) -> Format:
     if format_id not in table:
         raise UnknownFormatError(f"unknown format {format_id!r}; known are {', '.join(table)}")
     module, _, attribute = table[format_id].partition(":")
-    return getattr(importlib.import_module(module), attribute)(**options)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def get_format(format_id: str, **options: Any) -> Format:
+    """The format with this id, constructed with its options.
+
+    Raises:
+        UnknownFormatError: the id is not registered.
+    """
+    return get_format_class(format_id)(**options)

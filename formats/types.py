@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidLayerError
 
-__all__ = ["QuantScheme", "QuantizedLinear", "by_group"]
+__all__ = ["GroupedLayer", "QuantScheme", "QuantizedLinear", "by_group"]
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BITS = 8
@@ -63,8 +64,65 @@ class QuantScheme:
         return f"w{self.bits}g{self.group_size}{flags}"
 
 
+class GroupedLayer:
+    """What a layer has whichever way its codes are held: scales, zeros, scheme, and perhaps a bias and an order."""
+
+    scales: Tensor
+    zeros: Tensor
+    scheme: QuantScheme
+    bias: Tensor | None
+    g_idx: Tensor | None
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.scales.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Groups a row."""
+        return self.scales.shape[1]
+
+    def group_index(self) -> Tensor:
+        """Group of each input feature, int64 ``[in_features]``."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        return torch.arange(self.in_features, device=self.scales.device) // self.scheme.width(self.in_features)
+
+    def check_parameters(self, out_features: int) -> None:
+        """Raises InvalidLayerError for a shape, dtype or value that contradicts the scheme."""
+        expected = (out_features, self.scheme.groups(self.in_features))
+        _check_tensor("scales", self.scales, SCALE_DTYPES, expected)
+        _check_tensor("zeros", self.zeros, (torch.int32,), expected)
+        _check_range("zeros", self.zeros, self.scheme.maxq, self.scheme)
+        if not torch.isfinite(self.scales).all():
+            raise InvalidLayerError("scales hold NaN or infinity; every scale must be finite")
+        if self.bias is not None:
+            _check_tensor("bias", self.bias, (*SCALE_DTYPES, torch.float64), (out_features,))
+        if self.scheme.sym and not bool((self.zeros == 2 ** (self.scheme.bits - 1)).all()):
+            raise InvalidLayerError(
+                f"sym is set but zeros differ from {2 ** (self.scheme.bits - 1)}; build the scheme with sym=False"
+            )
+        if (self.g_idx is not None) != self.scheme.desc_act:
+            raise InvalidLayerError(
+                "desc_act and g_idx contradict each other; give g_idx exactly when desc_act is True"
+            )
+        if self.g_idx is not None:
+            _check_tensor("g_idx", self.g_idx, (torch.int32,), (self.in_features,))
+            _check_range("g_idx", self.g_idx, self.scheme.groups(self.in_features) - 1, self.scheme)
+
+    def complemented_parameters(self, where: Tensor) -> dict[str, Any]:
+        """Scales, zeros and scheme of the same weights with the groups in ``where`` complemented."""
+        return {
+            "scales": torch.where(where, -self.scales, self.scales),
+            "zeros": torch.where(where, self.scheme.maxq - self.zeros, self.zeros),
+            "scheme": replace(self.scheme, sym=self.scheme.sym and not bool(where.any())),
+        }
+
+
 @dataclass(frozen=True, eq=False)
-class QuantizedLinear:
+class QuantizedLinear(GroupedLayer):
     """One quantized linear layer, validated when built.
 
     Attributes:
@@ -87,58 +145,22 @@ class QuantizedLinear:
     g_idx: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._check_codes()
-        expected = (self.out_features, self.scheme.groups(self.in_features))
-        _check_tensor("scales", self.scales, SCALE_DTYPES, expected)
-        _check_tensor("zeros", self.zeros, (torch.int32,), expected)
-        _check_range("zeros", self.zeros, self.scheme.maxq, self.scheme)
-        if not torch.isfinite(self.scales).all():
-            raise InvalidLayerError("scales hold NaN or infinity; every scale must be finite")
-        if self.bias is not None:
-            _check_tensor("bias", self.bias, (*SCALE_DTYPES, torch.float64), (self.out_features,))
-        self._check_order()
-
-    def _check_codes(self) -> None:
         if self.codes.dim() != 2 or self.codes.dtype != torch.uint8 or not self.codes.numel():
             raise InvalidLayerError(
                 f"codes are {self.codes.dtype} {list(self.codes.shape)}; expected non-empty uint8 [out, in]"
             )
         if self.scheme.bits < 8:
             _check_range("codes", self.codes, self.scheme.maxq, self.scheme)
-
-    def _check_order(self) -> None:
-        if self.scheme.sym and not bool((self.zeros == 2 ** (self.scheme.bits - 1)).all()):
-            raise InvalidLayerError(
-                f"sym is set but zeros differ from {2 ** (self.scheme.bits - 1)}; build the scheme with sym=False"
-            )
-        if (self.g_idx is not None) != self.scheme.desc_act:
-            raise InvalidLayerError(
-                "desc_act and g_idx contradict each other; give g_idx exactly when desc_act is True"
-            )
-        if self.g_idx is not None:
-            _check_tensor("g_idx", self.g_idx, (torch.int32,), (self.in_features,))
-            _check_range("g_idx", self.g_idx, self.scheme.groups(self.in_features) - 1, self.scheme)
+        self.check_parameters(self.codes.shape[0])
 
     @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override]
         """Columns of the weight."""
         return self.codes.shape[1]
 
-    @property
-    def groups(self) -> int:
-        """Groups a row."""
-        return self.scales.shape[1]
-
-    def group_index(self) -> Tensor:
-        """Group of each input feature, int64 ``[in_features]``."""
-        if self.g_idx is not None:
-            return self.g_idx.long()
-        return torch.arange(self.in_features, device=self.codes.device) // self.scheme.width(self.in_features)
+    def unpack(self) -> QuantizedLinear:
+        """Itself; a PackedLinear answers with its codes unpacked."""
+        return self
 
     def complement(self, where: Tensor) -> QuantizedLinear:
         """The same weights from ``(maxq - q, -s, maxq - z)`` in the chosen groups.
@@ -148,21 +170,14 @@ class QuantizedLinear:
         Args:
             where: bool ``[out_features, groups]``, True where a group is to be complemented.
         """
-        maxq = self.scheme.maxq
-        flips = where.to(torch.uint8) * maxq  # maxq - q is q with every bit flipped
+        flips = where.to(torch.uint8) * self.scheme.maxq  # maxq - q is q with every bit flipped
         codes = self.codes.clone()
         if self.g_idx is not None:
             codes ^= flips[:, self.group_index()]
         else:
             for view, groups in by_group(codes, self.scheme.width(self.in_features)):
                 view.bitwise_xor_(flips[:, groups, None])
-        return replace(
-            self,
-            codes=codes,
-            scales=torch.where(where, -self.scales, self.scales),
-            zeros=torch.where(where, maxq - self.zeros, self.zeros),
-            scheme=replace(self.scheme, sym=self.scheme.sym and not bool(where.any())),
-        )
+        return replace(self, codes=codes, **self.complemented_parameters(where))
 
 
 def by_group(values: Tensor, width: int) -> Iterator[tuple[Tensor, slice]]:

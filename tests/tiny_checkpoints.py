@@ -10,7 +10,8 @@ import torch
 
 from formats import QuantizedLinear, QuantScheme, get_format, round_to_nearest
 from formats.checkpoint import CheckpointReader, CheckpointWriter
-from formats.model import open_checkpoint, write_layer, write_model_config
+from formats.model import open_checkpoint
+from formats.model_writer import write_layer, write_model_config
 
 __all__ = ["act_order_layer", "quantize_folder", "raw_tensors", "rewrite"]
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from formats.errors import InputError, MissingExtraError
+from formats.model import Checkpoint
 
-__all__ = ["Runtime"]
+__all__ = ["ModuleSession", "Runtime", "Session", "no_compile"]
 
 
 class Runtime(ABC):
@@ -59,24 +60,62 @@ class Runtime(ABC):
         return version(self.package)
 
     @abstractmethod
-    def load(self, folder: Path, bits: int | None, device: torch.device) -> nn.Module:
-        """The model in fp16 as the library builds it; its modules carry the checkpoint's module paths.
+    def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
+        """The checkpoint as the library loads it by itself, from ``checkpoint.reader.folder``.
 
         Args:
-            folder: a checkpoint whose format passed :meth:`check`.
-            bits: bits of its scheme; None for full precision.
+            checkpoint: one whose format passed :meth:`check`.
             device: where to run.
         """
 
-    def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """fp32 logits ``[batch, length, vocabulary]`` of int64 ids ``[batch, length]``, on CPU."""
-        with torch.inference_mode(), no_compile():
-            return model(input_ids=ids).logits.float().cpu()
 
-    def layer_rows(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        """Outputs ``[rows, out]`` of one linear module for inputs ``[rows, in]``, on CPU."""
+class Session(ABC):
+    """A checkpoint loaded in a runtime.
+
+    Attributes:
+        dtype: in which the engine computes: its weights must equal ``(q - z) * s`` rounded to it.
+    """
+
+    dtype: torch.dtype = torch.float16
+
+    def logits(self, ids: Tensor) -> Tensor | None:
+        """Logits ``[batch, length, vocabulary]`` of int64 ids ``[batch, length]``, on CPU; None from single layers."""
+        return None
+
+    def yardstick(self, ids: Tensor) -> Tensor | None:
+        """Logits of the same engine on the same weights stored densely, where its own arithmetic is coarser than its
+        dtype (e.g. int8 activations); None where our forward pass in ``dtype`` is the fair comparison.
+        """
+        return None
+
+    @abstractmethod
+    def layer(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """The linear at a module path, inputs ``[rows, in]`` in ``dtype`` to outputs ``[rows, out]``; None if there is
+        none.
+        """
+
+
+class ModuleSession(Session):
+    """A torch model whose modules carry the checkpoint's module paths."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._modules = dict(model.named_modules())
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """See Session."""
         with torch.inference_mode(), no_compile():
-            return module(inputs).cpu()
+            return self.model(input_ids=ids).logits.cpu()
+
+    def layer(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """See Session."""
+        module = self._modules.get(name)
+        return None if module is None else partial(_run, module)
+
+
+def _run(module: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.inference_mode(), no_compile():
+        return module(inputs)
 
 
 @contextmanager

@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from torch import nn
 
-from .base import Runtime, no_compile
+from formats.model import Checkpoint
+
+from .base import ModuleSession, Runtime, Session, no_compile
 
 __all__ = ["GptqmodelRuntime"]
 
@@ -25,12 +24,15 @@ class GptqmodelRuntime(Runtime):
     extra = "gptq"
     formats = ("gptq", "gptq_v2")
 
-    def load(self, folder: Path, bits: int | None, device: torch.device) -> nn.Module:
+    def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
         """See :class:`Runtime`."""
         from gptqmodel import BACKEND, GPTQModel  # noqa: PLC0415
 
         with no_compile():
             loaded = GPTQModel.load(
-                str(folder.resolve()), device=str(device), backend=BACKEND.GPTQ_TORCH, dtype=torch.float16
+                str(checkpoint.reader.folder.resolve()),
+                device=str(device),
+                backend=BACKEND.GPTQ_TORCH,
+                dtype=torch.float16,
             )
-        return loaded.model.eval()
+        return ModuleSession(loaded.model.eval())

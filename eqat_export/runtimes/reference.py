@@ -22,10 +22,10 @@ def token_ids(vocabulary: int, batch: int = BATCH, length: int = LENGTH) -> Tens
 
 
 def reference_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Logits of the dequantized model computed in ``dtype``: fp32 ``[batch, length, vocabulary]`` on CPU."""
+    """Logits of the dequantized model computed in ``dtype``: ``[batch, length, vocabulary]`` on CPU."""
     model = reference_model(checkpoint, dtype, device)
     with torch.inference_mode():
-        return model(input_ids=ids.to(device)).logits.float().cpu()
+        return model(input_ids=ids.to(device)).logits.cpu()
 
 
 def reference_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> nn.Module:

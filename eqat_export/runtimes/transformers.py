@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from torch import nn
 
-from .base import Runtime, no_compile
+from formats.model import Checkpoint
+
+from .base import ModuleSession, Runtime, Session, no_compile
 
 __all__ = ["TransformersRuntime"]
 
@@ -21,11 +20,14 @@ class TransformersRuntime(Runtime):
     extra = "gptq"
     formats = ("gptq", "gptq_v2", None)
 
-    def load(self, folder: Path, bits: int | None, device: torch.device) -> nn.Module:
+    def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
         """See :class:`Runtime`."""
         from transformers import AutoModelForCausalLM, GPTQConfig  # noqa: PLC0415
 
-        options = {} if bits is None else {"quantization_config": GPTQConfig(bits=bits, backend="gptq_torch")}
+        scheme = checkpoint.scheme
+        options = {} if scheme is None else {"quantization_config": GPTQConfig(bits=scheme.bits, backend="gptq_torch")}
         with no_compile():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map=str(device), **options)
-        return model.eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.reader.folder, dtype=torch.float16, device_map=str(device), **options
+            )
+        return ModuleSession(model.eval())

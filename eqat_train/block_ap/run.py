@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from formats import Format, QuantScheme, get_format
 from formats.checkpoint import CheckpointReader, CheckpointWriter
 from formats.errors import CheckpointError, InputError, TrainingDivergedError, UnsupportedSchemeError
-from formats.model import write_model_config
+from formats.model_writer import write_model_config
 
 from ..hardware import peak_memory
 from ..models.decoder import find_decoder_layers, is_quantizable

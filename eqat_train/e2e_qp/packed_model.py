@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from formats import QuantizedLinear, get_format
 from formats.checkpoint import CheckpointWriter
 from formats.errors import CheckpointError, InputError
-from formats.model import Checkpoint, write_layer, write_model_config
+from formats.model import Checkpoint
+from formats.model_writer import write_layer, write_model_config
 
 from ..models.decoder import find_decoder_layers
 from ..models.loading import build_skeleton, fill_model_

@@ -16,7 +16,8 @@ from eqat_export.cli import run
 from formats import QuantizedLinear, QuantScheme, get_format
 from formats.affine import minmax_parameters, quantize
 from formats.checkpoint import CheckpointWriter
-from formats.model import open_checkpoint, write_layer, write_model_config
+from formats.model import open_checkpoint
+from formats.model_writer import write_layer, write_model_config
 from tests.tiny_models import save_tiny_model
 
 MakeCheckpoint = Callable[..., Path]

@@ -67,7 +67,7 @@ def test_exit_codes_of_the_real_process(native: Callable[..., Path], tmp_path: P
     [
         (("export",), "Missing option '--to'"),
         (("export", "--to"), "--to"),
-        (("export", "--to", "gptq", "--colour", "red"), "No such option"),
+        (("export", "--to", "gptq", "--colour", "red"), "has no option --colour"),
         (("bake",), "No such command 'bake'"),
         (("inspect",), "CHECKPOINT"),
     ],

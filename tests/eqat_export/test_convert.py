@@ -97,7 +97,7 @@ def test_dense_output_is_one_dtype_and_rounded_once(
     native: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     source = native(bits=4, architecture="qwen2")
-    result = convert(source, tmp_path / "dense", "dense", dtype=dtype)
+    result = convert(source, tmp_path / "dense", "dense", options={"dtype": str(dtype).removeprefix("torch.")})
     found = load_file(tmp_path / "dense" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     with open_checkpoint(source) as checkpoint:
@@ -203,8 +203,8 @@ def test_a_wrong_label_can_be_overruled(eqat: Callable, native: Callable[..., Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "awq"), "unknown format 'awq'; known are native, gptq"),
-        (("--to", "gptq", "--dtype", "float16"), "--dtype float16 is for --to dense"),
+        (("--to", "q4_k"), "unknown format 'q4_k'; known are native, gptq"),
+        (("--to", "gptq", "--dtype", "float16"), "gptq takes none of its own"),
         (("--to", "dense", "--dtype", "int8"), "allowed are float16, bfloat16, float32"),
         (("--to", "gptq", "--shard-size", "huge"), "e.g. --shard-size 5GB"),
         (("--to", "gptq", "--from", "dense"), "full-precision"),

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from eqat_export.convert import convert
 from eqat_export.runtime_check import check_runtime, probe_columns
 from eqat_export.runtimes import get_runtime
-from eqat_export.runtimes.base import Runtime
-from formats import QuantizedLinear, QuantScheme, history
+from eqat_export.runtimes.base import ModuleSession, Runtime, Session
+from formats import QuantizedLinear, QuantScheme, dequantize, history
 from formats.errors import CheckpointError, InputError, MissingExtraError
-from formats.model import open_checkpoint
+from formats.model import Checkpoint, open_checkpoint
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -61,7 +60,7 @@ def test_gptq_v1_with_extreme_zeros_runs_in_transformers(
 
 
 def test_dense_exports_run_in_transformers(eqat: Callable, native: Callable[..., Path], tmp_path: Path) -> None:
-    convert(native(architecture="qwen3"), tmp_path / "dense", "dense", dtype=torch.float16)
+    convert(native(architecture="qwen3"), tmp_path / "dense", "dense", options={"dtype": "float16"})
     outcome = eqat("verify", tmp_path / "dense", "--runtime", "transformers", "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["runtime"]["ok"] is True
@@ -79,12 +78,12 @@ class Misreading(Runtime):
     def __init__(self, damaged: Path) -> None:
         self.damaged = damaged
 
-    def load(self, folder: Path, bits: int | None, device: torch.device) -> nn.Module:
+    def load(self, checkpoint: Checkpoint, device: torch.device) -> ModuleSession:
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
         dense = self.damaged.with_name("misread")
-        convert(self.damaged, dense, "dense", dtype=torch.float16, force=True)
-        return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float16).eval()
+        convert(self.damaged, dense, "dense", options={"dtype": "float16"}, force=True)
+        return ModuleSession(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float16).eval())
 
 
 def one_zero(tensors: dict[str, torch.Tensor]) -> None:
@@ -123,12 +122,46 @@ def test_a_layer_of_wrong_zeros_fails_by_its_logits_too(
     assert list(result.wrong_layers) == [UP]
 
 
+class LayersOnly(Runtime):
+    """A runtime of single layers, computed here in float64 and off by ``relative``."""
+
+    id, package, requires, extra, formats = "layers", "torch", (), "", ("native",)
+
+    def __init__(self, relative: float = 0.0) -> None:
+        self.relative = relative
+
+    def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
+        relative = self.relative
+
+        class Layers(Session):
+            def layer(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+                weight = dequantize(checkpoint.layer(name)).half().double()
+
+                def run(inputs: torch.Tensor) -> torch.Tensor:
+                    # unit vectors pass unharmed: only sums of several products are off
+                    several = (inputs != 0).sum(dim=1, keepdim=True) > 1
+                    return (inputs.double() @ weight.T * (1 + relative * several)).half()
+
+                return run
+
+        return Layers()
+
+
+def test_a_runtime_of_layers_is_judged_by_weights_and_by_outputs(native: Callable[..., Path]) -> None:
+    with open_checkpoint(native(bits=3)) as checkpoint:
+        right = check_runtime(checkpoint, LayersOnly())
+        off = check_runtime(checkpoint, LayersOnly(relative=2e-3))
+    assert right.ok and right.weights_ok and right.output_ratio <= 1.01
+    assert off.weights_ok and not off.logits_ok and not off.ok
+    assert "random inputs" in " ".join(off.lines())
+
+
 def test_logits_that_are_not_finite_fail(native: Callable[..., Path]) -> None:
     class Overflowing(Misreading):
-        def load(self, folder: Path, bits: int | None, device: torch.device) -> nn.Module:
-            model = super().load(folder, bits, device)
-            model.model.norm.weight.data[0] = float("nan")
-            return model
+        def load(self, checkpoint: Checkpoint, device: torch.device) -> ModuleSession:
+            session = super().load(checkpoint, device)
+            session.model.model.norm.weight.data[0] = float("nan")
+            return session
 
     folder = native(bits=4)
     with open_checkpoint(folder) as checkpoint:

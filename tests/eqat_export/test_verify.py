@@ -154,7 +154,7 @@ def test_dense_exports_are_compared_with_their_source(
     eqat: Callable, native: Callable[..., Path], edited: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = native(bits=4, architecture="qwen2")
-    convert(source, tmp_path / "dense", "dense", dtype=torch.bfloat16)
+    convert(source, tmp_path / "dense", "dense", options={"dtype": "bfloat16"})
     assert eqat("verify", tmp_path / "dense", "--against", source).code == 0
 
     def change(tensors: Tensors) -> None:
@@ -311,7 +311,7 @@ def test_no_error_against_full_precision_is_said_in_one_line(
     eqat: Callable, native: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = native()
-    convert(source, tmp_path / "dense", "dense", dtype=torch.float32)
+    convert(source, tmp_path / "dense", "dense", options={"dtype": "float32"})
     outcome = eqat("verify", source, "--against", tmp_path / "dense")
     assert outcome.code == 0
     assert outcome.out.splitlines()[-1].endswith("layers hold the same weights, bit for bit")

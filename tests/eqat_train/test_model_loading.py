@@ -16,7 +16,8 @@ from eqat_train.models.loading import build_skeleton, load_dense_model, load_par
 from formats import QuantScheme, dequantize, get_format, round_to_nearest
 from formats.checkpoint import CheckpointReader, CheckpointWriter
 from formats.errors import CheckpointError, InputError
-from formats.model import open_checkpoint, write_layer, write_model_config
+from formats.model import open_checkpoint
+from formats.model_writer import write_layer, write_model_config
 from tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_tokens
 
 

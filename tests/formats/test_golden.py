@@ -10,7 +10,8 @@ from safetensors.torch import load, load_file
 from formats import dequantize, get_format
 from formats.checkpoint import CheckpointWriter
 from formats.conformance import compare
-from formats.model import convert_layer, open_checkpoint, write_model_config
+from formats.model import open_checkpoint
+from formats.model_writer import write_layer, write_model_config
 from formats.types import QuantScheme
 
 CUT = Path(__file__).parent / "golden"
@@ -79,7 +80,7 @@ def test_a_whole_checkpoint_converts_to_upstreams_bytes(golden_root, tmp_path, c
     fmt = get_format(target)
     with open_checkpoint(golden_root / case) as source, CheckpointWriter(tmp_path / "out") as writer:
         for name in source.layer_names:
-            convert_layer(writer, fmt, source, name)
+            write_layer(writer, fmt, name, source.packed_layer(name))
         for name in source.passthrough_names:
             writer.add(name, source.get(name))
         write_model_config(writer, source.reader.config, fmt, source.scheme, source.ignore)
@@ -95,7 +96,7 @@ def test_two_bits_reach_gptq_v2_without_touching_a_packed_byte(golden_root, tmp_
     fmt = get_format("gptq_v2")
     with open_checkpoint(golden_root / "w2g64") as source, CheckpointWriter(tmp_path / "out") as writer:
         for name in source.layer_names:
-            convert_layer(writer, fmt, source, name)
+            write_layer(writer, fmt, name, source.packed_layer(name))
         write_model_config(writer, source.reader.config, fmt, source.scheme)
     before = load_file(golden_root / "w2g64" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")

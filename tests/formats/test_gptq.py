@@ -251,33 +251,23 @@ def test_other_containers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("source", ["native", "gptq_v2"])
-def test_native_and_v2_share_full_words(make_layer, bits, source) -> None:
-    shares = V2.shares_packing_with(get_format(source), QuantScheme(bits, 32), 64, 128)
-    assert shares is (bits != 3)
-    assert get_format(source).shares_packing_with(V2, QuantScheme(bits, 32), 64, 128) is shares
-    assert not V1.shares_packing_with(get_format(source), QuantScheme(bits, 32), 64, 128)
-    assert not V1.shares_packing_with(V1, QuantScheme(bits, 32), 64, 128)
-    assert not V2.shares_packing_with(get_format(source), QuantScheme(bits, 32), 63, 128)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("fmt", [V1, V2])
+def test_packed_native_layers_encode_to_the_same_bytes(make_layer, bits, scale_dtype, fmt) -> None:
+    layer = make_layer(bits, 32, bias=True, scale_dtype=scale_dtype)
+    native = get_format("native")
+    packed = native.decode_packed(native.encode(layer), layer.scheme)
+    found, expected = fmt.encode_packed(packed), fmt.encode(layer)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
-def test_adopting_native_tensors_is_encoding_without_packing(make_layer, bits, scale_dtype) -> None:
-    layer = make_layer(bits, 32, bias=True, scale_dtype=scale_dtype)
-    native = get_format("native").encode(layer)
-    adopted = V2.adopt(native, layer.scheme)
-    assert adopted["qweight"] is native["qweight"]
-    assert adopted["qzeros"] is native["qzeros"]
-    encoded = V2.encode(layer)
-    assert set(adopted) == set(encoded)
-    assert all(torch.equal(adopted[name], encoded[name]) for name in encoded)
-
-
-def test_adopting_checks_like_encoding(make_layer) -> None:
-    layer = make_layer(4, 48, 64, 128)
-    with pytest.raises(UnsupportedSchemeError, match="does not divide"):
-        V2.adopt(get_format("native").encode(layer), layer.scheme)
+def test_full_words_of_native_are_taken_over_as_they_are(make_layer, bits) -> None:
+    layer = make_layer(bits, 32)
+    native = get_format("native")
+    tensors = native.encode(layer)
+    assert V2.encode_packed(native.decode_packed(tensors, layer.scheme))["qweight"] is tensors["qweight"]
 
 
 class TestReading:

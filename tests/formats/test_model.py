@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from formats import dequantize, get_format
 from formats.checkpoint import CheckpointWriter
 from formats.errors import CheckpointError, UnknownFormatError, UnsupportedSchemeError
-from formats.model import convert_layer, open_checkpoint, write_layer, write_model_config
+from formats.model import open_checkpoint
+from formats.model_writer import write_layer, write_model_config
 from formats.types import QuantScheme
 
 Q, UP, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate"
@@ -135,7 +136,7 @@ def test_any_format_converts_to_any_other(quantized, tmp_path, source, target, b
     fmt = get_format(target)
     with open_checkpoint(folder) as checkpoint, CheckpointWriter(tmp_path / "out") as writer:
         for name in checkpoint.layer_names:
-            convert_layer(writer, fmt, checkpoint, name)
+            write_layer(writer, fmt, name, checkpoint.packed_layer(name))
         write_model_config(writer, checkpoint.reader.config, fmt, checkpoint.scheme, checkpoint.ignore)
     with open_checkpoint(tmp_path / "out") as found:
         assert found.format.id == target
@@ -153,7 +154,7 @@ def test_layers_of_several_schemes_convert(make_layer, make_folder, tmp_path, ta
     with open_checkpoint(folder) as checkpoint, CheckpointWriter(tmp_path / "out") as writer:
         assert checkpoint.overrides == {UP: QuantScheme(8, -1)}
         for name in checkpoint.layer_names:
-            convert_layer(writer, fmt, checkpoint, name)
+            write_layer(writer, fmt, name, checkpoint.packed_layer(name))
         write_model_config(writer, {}, fmt, checkpoint.scheme, overrides=checkpoint.overrides)
     with open_checkpoint(tmp_path / "out") as found:
         assert found.overrides == {UP: QuantScheme(8, -1)}
@@ -179,7 +180,7 @@ def test_converting_names_the_layer_that_cannot_be_held(make_layer, make_folder,
         pytest.raises(UnsupportedSchemeError, match=r"layer model\.odd: group_size 48"),
         CheckpointWriter(tmp_path / "out") as writer,
     ):
-        convert_layer(writer, get_format("gptq_v2"), checkpoint, "model.odd")
+        write_layer(writer, get_format("gptq_v2"), "model.odd", checkpoint.packed_layer("model.odd"))
 
 
 SOURCE_CONFIG = {

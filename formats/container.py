@@ -1,0 +1,94 @@
+"""Where a model's tensors lie: the two ends of a conversion.
+
+By default both are a folder of safetensors files (``checkpoint_reader.py``, ``model_writer.py``). A format whose
+readers want something else, one GGUF file or an ONNX graph, brings its own through ``Format.reads``, ``open`` and
+``create``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .safetensors_header import TensorInfo
+
+__all__ = ["Choice", "ModelReader", "ModelWriter"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a writer decided to store one tensor, where its container has several ways.
+
+    Attributes:
+        name: the tensor's name in the container.
+        stored_as: the type it got, e.g. ``Q2_0``.
+        bits_per_weight: what that type takes.
+        why: half a sentence.
+    """
+
+    name: str
+    stored_as: str
+    bits_per_weight: float
+    why: str
+
+
+class ModelReader(Protocol):
+    """A model on disk; a context manager. Tensors carry the names that transformers gives them.
+
+    Attributes:
+        folder: the folder or file.
+        config: what ``config.json`` says, or would say.
+        quantization_config: how it is quantized; empty if nothing tells.
+        tensors: name -> TensorInfo, in file order; a quantized layer's tensors are ``{layer}.{local name}``.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    quantization_config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def get(self, name: str) -> Tensor:
+        """One tensor on the CPU."""
+
+    def __enter__(self) -> ModelReader: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class ModelWriter(ABC):
+    """A model being written tensor by tensor; a context manager.
+
+    It appears complete on a clean exit, or not at all.
+    """
+
+    @abstractmethod
+    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """One quantized layer: its module path, and local name -> tensor as the format encodes it."""
+
+    @abstractmethod
+    def add(self, name: str, tensor: Tensor) -> None:
+        """One tensor that belongs to no quantized layer, by its full name."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """What stands beside the tensors: configuration, tokenizer, companions. Called once, after the last tensor."""
+
+    def choices(self) -> tuple[Choice, ...]:
+        """How each tensor was stored, for containers that choose."""
+        return ()
+
+    @abstractmethod
+    def __enter__(self) -> ModelWriter: ...
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

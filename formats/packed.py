@@ -1,0 +1,86 @@
+"""The canonical layer with its codes still packed.
+
+Most layouts of the field store one and the same dense little-endian bit stream along in_features: GPTQ,
+compressed-tensors, MLX, ONNX Runtime, BitBLAS before its interleave, and EfficientQAT wherever a code's bits divide 32.
+They differ in which axis comes first and in what stands beside it. A conversion between two of them moves words and
+never unpacks a code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidLayerError
+from .packing import pack_bits, packed_length, unpack_bits
+from .types import GroupedLayer, QuantizedLinear, QuantScheme
+
+__all__ = ["PackedLinear"]
+
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLinear(GroupedLayer):
+    """One quantized linear layer with packed codes, validated when built.
+
+    Attributes:
+        words: int32 ``[ceil(in_features * bits / 32), out_features]``: code ``k`` of a row in stream bits
+            ``k*bits .. (k+1)*bits - 1``, low bits first; bits after the last code are 0.
+        scales, zeros, scheme, bias, g_idx: as in QuantizedLinear.
+        in_features: columns of the weight.
+
+    Raises:
+        InvalidLayerError: a shape, dtype or value that contradicts the scheme.
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    scheme: QuantScheme
+    in_features: int
+    bias: Tensor | None = None
+    g_idx: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.words.dim() != 2 or self.words.dtype != torch.int32 or not self.words.numel():
+            raise InvalidLayerError(
+                f"words are {self.words.dtype} {list(self.words.shape)}; expected non-empty int32 [words, out]"
+            )
+        expected = packed_length(self.in_features, self.scheme.bits)
+        if self.words.shape[0] != expected:
+            raise InvalidLayerError(
+                f"{self.words.shape[0]} words a row; {self.in_features} codes of {self.scheme.bits} bits take "
+                f"{expected}"
+            )
+        self.check_parameters(self.words.shape[1])
+
+    @classmethod
+    def pack(cls, layer: QuantizedLinear) -> PackedLinear:
+        """The same layer with its codes packed."""
+        words = pack_bits(layer.codes, layer.scheme.bits, axis=1).T.contiguous()
+        return cls(words, layer.scales, layer.zeros, layer.scheme, layer.in_features, layer.bias, layer.g_idx)
+
+    def unpack(self) -> QuantizedLinear:
+        """The same layer with one byte a code."""
+        codes = unpack_bits(self.words.T, self.scheme.bits, self.in_features, axis=1)
+        return QuantizedLinear(codes, self.scales, self.zeros, self.scheme, self.bias, self.g_idx)
+
+    def complement(self, where: Tensor) -> PackedLinear:
+        """The same weights from ``(maxq - q, -s, maxq - z)`` in the chosen groups.
+
+        Args:
+            where: bool ``[out_features, groups]``, True where a group is to be complemented.
+        """
+        return replace(self, words=self.words ^ self._flips(where), **self.complemented_parameters(where))
+
+    def _flips(self, where: Tensor) -> Tensor:
+        """Words with every bit of a chosen group's codes set."""
+        bits, width = self.scheme.bits, self.scheme.width(self.in_features)
+        if self.g_idx is None and self.in_features % width == 0 and width * bits % _WORD_BITS == 0:
+            # whole words belong to one group
+            return (-where.T.to(torch.int32)).repeat_interleave(width * bits // _WORD_BITS, dim=0)
+        flips = (where.to(torch.uint8) * self.scheme.maxq)[:, self.group_index()]
+        return pack_bits(flips, bits, axis=1).T
