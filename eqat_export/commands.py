@@ -19,7 +19,7 @@ from eqat_export.inspect import inspect_checkpoint
 from eqat_export.runtime_check import RuntimeResult, check_runtime
 from eqat_export.runtimes import get_runtime
 from eqat_export.verify import verify_checkpoint
-from formats import history
+from formats import get_format_class, history
 from formats.errors import InputError
 from formats.model import Checkpoint, open_checkpoint
 from formats.sizes import parse_size
@@ -219,8 +219,11 @@ def _last_exports(against: Path | None) -> list[tuple[Path, Path | None]]:
 
 def _beside(checkpoint: Path, to: str) -> Path:
     """The output's name where none is given; ``.`` and ``..`` have no name of their own."""
+    suffix = get_format_class(to).suffix
     named = checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()
-    return named.with_name(f"{named.resolve().name}-{to}") if named.name else named / f"checkpoint-{to}"
+    name = named.resolve().name if checkpoint.is_dir() else named.stem  # a file leaves its own suffix behind
+    ending = suffix or f"-{to}"
+    return named.with_name(f"{name}{ending}") if named.name else named / f"checkpoint{ending}"
 
 
 def _remember(out: Path, source: Path, to: str) -> bool:

@@ -77,6 +77,7 @@ class Format(ABC):
         local_names: every local tensor name a layer may have; anything else beside a layer is passed through.
         readable: False for layouts that cannot be decoded to codes (dense weights).
         options: what the constructor takes.
+        suffix: how names of the format's own files end, e.g. ``.gguf``; empty where a model is a folder.
     """
 
     id: ClassVar[str]
@@ -85,6 +86,7 @@ class Format(ABC):
     local_names: ClassVar[tuple[str, ...]]
     readable: ClassVar[bool] = True
     options: ClassVar[tuple[FormatOption, ...]] = ()
+    suffix: ClassVar[str] = ""
 
     @abstractmethod
     def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
