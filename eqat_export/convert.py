@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eqat_export.tensors import dtype_name
-from formats import get_format
+from formats import available_formats, get_format
 from formats.affine import dequantize
 from formats.base import Exactness, Format, PackedFormat
 from formats.container import Choice, ModelWriter
@@ -183,7 +183,23 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
         try:
             form.check(checkpoint.layer_scheme(name), *checkpoint.layer_features(name))
         except UnsupportedSchemeError as error:
-            raise UnsupportedSchemeError(f"layer {name}: {error}") from error
+            others = ", ".join(formats_that_hold(checkpoint)) or "none"
+            raise UnsupportedSchemeError(f"layer {name}: {error} (formats that hold every layer: {others})") from error
+
+
+def formats_that_hold(checkpoint: Checkpoint) -> list[str]:
+    """Ids of the formats whose ``check`` accepts every layer, dense aside, which always does."""
+    shapes = {(checkpoint.layer_scheme(name), *checkpoint.layer_features(name)) for name in checkpoint.layer_names}
+    return [fmt.id for fmt in map(get_format, available_formats()) if fmt.readable and _holds(fmt, shapes)]
+
+
+def _holds(fmt: Format, layers: set[tuple[QuantScheme, int, int]]) -> bool:
+    try:
+        for layer in layers:
+            fmt.check(*layer)
+    except UnsupportedSchemeError:
+        return False
+    return True
 
 
 def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:

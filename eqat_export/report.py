@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,8 +19,10 @@ from eqat_export.format_table import FormatRow
 from eqat_export.inspect import Inspection
 from eqat_export.runtime_check import RuntimeResult
 from formats.base import Exactness
+from formats.container import Choice
 
 __all__ = [
+    "show_choices",
     "show_comparison",
     "show_conversion",
     "show_findings",
@@ -47,6 +49,26 @@ def show_conversion(conversion: Conversion, console: Console) -> None:
     )
     for line in exactness_lines(conversion):
         console.print(f"  {escape(line)}", soft_wrap=True)
+    if conversion.choices:
+        show_choices(conversion.choices, console)
+
+
+def show_choices(choices: Sequence[Choice], console: Console) -> None:
+    """How many tensors got which type, and why; each reason once, with an example."""
+    grouped: dict[tuple[str, float, str], list[str]] = {}
+    for choice in choices:
+        grouped.setdefault((choice.stored_as, choice.bits_per_weight, choice.why), []).append(choice.name)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("stored as", no_wrap=True)
+    table.add_column("bits", justify="right", no_wrap=True)
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("why")
+    if console.width >= WIDE:
+        table.add_column("e.g.", no_wrap=True)
+    for (stored_as, bits, why), names in sorted(grouped.items(), key=lambda item: (item[0][1], item[0][0])):
+        cells = [stored_as, f"{bits:.3g}", str(len(names)), escape(why)]
+        table.add_row(*cells, *([escape(names[0])] if console.width >= WIDE else []))
+    console.print(table)
 
 
 def exactness_lines(conversion: Conversion) -> list[str]:
