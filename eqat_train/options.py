@@ -62,6 +62,13 @@ class TrainConfig:
         choices=("float16", "bfloat16", "float32"),
     )
 
+    zeros_in: str | None = _option(
+        None,
+        "Quantization",
+        "Keep zero-points between these two: 1,2 at 2 bits makes every layer fit GGUF's Q2_0. Default all.",
+        metavar="LOW,HIGH",
+    )
+
     data: str | None = _option(
         None,
         "Data",

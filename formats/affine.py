@@ -58,12 +58,22 @@ def dequantize(layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Te
 
 
 def minmax_parameters(
-    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype = torch.float16
+    weight: Tensor,
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype = torch.float16,
+    zero_range: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Asymmetric min-max scales and zero-points, the start of Block-AP (EfficientQAT's quantizer).
 
     ``s = (max - min) / maxq`` and ``z = clamp(round(-min / s), 0, maxq)`` per group. Scales are kept at
     normal numbers of ``scale_dtype`` so that no group divides by zero.
+
+    Args:
+        weight: floating ``[out, in]``.
+        scheme: bits and group_size.
+        scale_dtype: what the scales will be stored in.
+        zero_range: lowest and highest zero-point allowed. A group whose own lies outside gets the nearest, and the
+            smallest scale with which all of its weights stay in reach.
 
     Returns:
         fp32 scales ``[out, groups]`` (not yet rounded to ``scale_dtype``) and int32 zeros ``[out, groups]``.
@@ -77,8 +87,15 @@ def minmax_parameters(
     low, high = values.view(rows, groups, width).aminmax(dim=2)
     limits = torch.finfo(scale_dtype)
     scales = ((high - low) / scheme.maxq).clamp(limits.tiny, limits.max)
-    zeros = (-low / scales).round().clamp(0, scheme.maxq).to(torch.int32)
-    return scales, zeros
+    zeros = (-low / scales).round().clamp(0, scheme.maxq)
+    if zero_range is not None:
+        held = zeros.clamp(*zero_range)
+        # a zero at the end of the range leaves nothing on one side: weights there are clamped whatever the scale
+        below = torch.where(held > 0, -low / held, 0.0)
+        above = torch.where(held < scheme.maxq, high / (scheme.maxq - held), 0.0)
+        scales = torch.where(held == zeros, scales, torch.maximum(below, above).clamp(limits.tiny, limits.max))
+        zeros = held
+    return scales, zeros.to(torch.int32)
 
 
 def round_to_nearest(

@@ -22,13 +22,25 @@ class FakeQuantLinear(nn.Module):
         scales: fp32 parameter ``[out, groups]``, from the weight's minima and maxima.
         zeros: fp32 parameter ``[out, groups]``.
         bias: fp32 parameter ``[out]`` or None.
+
+    Args:
+        linear: full-precision layer, fp32.
+        scheme: bits and group_size.
+        scale_dtype: dtype in which scales are stored.
+        zero_range: lowest and highest zero-point that is ever used; None for all of them.
     """
 
-    def __init__(self, linear: nn.Linear, scheme: QuantScheme, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        zero_range: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scheme, self.scale_dtype = scheme, scale_dtype
-        scales, zeros = minmax_parameters(linear.weight.detach(), scheme, scale_dtype)
+        self.scheme, self.scale_dtype, self.zero_range = scheme, scale_dtype, zero_range
+        scales, zeros = minmax_parameters(linear.weight.detach(), scheme, scale_dtype, zero_range)
         self.weight = nn.Parameter(linear.weight.detach())
         self.scales = nn.Parameter(scales)
         self.zeros = nn.Parameter(zeros.float())
@@ -36,7 +48,7 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         weight = fake_quant(
-            self.weight, self.scales, self.zeros, self.scheme.bits, self.scheme.group_size, self.scale_dtype
+            self.weight, self.scales, self._held_zeros(), self.scheme.bits, self.scheme.group_size, self.scale_dtype
         )
         return F.linear(x, weight, self.bias)
 
@@ -44,7 +56,13 @@ class FakeQuantLinear(nn.Module):
     def quantized(self, bias_dtype: torch.dtype = torch.float16) -> QuantizedLinear:
         """The layer as it will be stored: the very codes, scales and zeros that the forward uses."""
         scales = stored_scales(self.scales, self.scale_dtype)
-        zeros = stored_zeros(self.zeros, self.scheme.bits).to(torch.int32)
+        zeros = stored_zeros(self._held_zeros(), self.scheme.bits).to(torch.int32)
         bias = None if self.bias is None else self.bias.detach().to(bias_dtype)
         codes = quantize(self.weight, scales, zeros, self.scheme)
         return QuantizedLinear(codes, scales, zeros, self.scheme, bias=bias)
+
+    def _held_zeros(self) -> Tensor:
+        """Zeros within the allowed range, straight through: at its ends a zero still feels which way it should go."""
+        if self.zero_range is None:
+            return self.zeros
+        return self.zeros + (self.zeros.clamp(*self.zero_range) - self.zeros).detach()

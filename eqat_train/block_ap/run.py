@@ -232,7 +232,8 @@ class _Run:
         stored = {
             name: self.reader.tensors[f"{prefix}.{name}"].dtype for name, _ in self.layers[index].named_parameters()
         }
-        return TrainableBlock(self.layers[index], self.settings.scheme, self.settings.scale_dtype, stored)
+        settings = self.settings
+        return TrainableBlock(self.layers[index], settings.scheme, settings.scale_dtype, stored, settings.zero_range)
 
     def _finish(self, files: BlockFiles, index: int, block: TrainableBlock) -> None:
         layers, tensors = block.finish_()

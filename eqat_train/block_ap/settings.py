@@ -34,6 +34,7 @@ class BlockApSettings:
         scale_dtype: dtype in which scales are stored.
         compute_dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 on a GPU.
         device: where to train; None is the GPU if there is one.
+        zero_range: lowest and highest zero-point to use; None for 0 to maxq.
         activations: where hidden states are kept; "auto" is the fastest place with room.
         activation_dtype: what hidden states are kept in; None is float32.
         seed: of torch's generators, for blocks that draw random numbers; the order of samples is fixed.
@@ -50,6 +51,7 @@ class BlockApSettings:
     scale_dtype: torch.dtype = torch.float16
     compute_dtype: torch.dtype | None = None
     device: torch.device | str | None = None
+    zero_range: tuple[int, int] | None = None
     activations: Place | Literal["auto"] = "auto"
     activation_dtype: torch.dtype | None = None
     seed: int = 0
@@ -69,6 +71,13 @@ class BlockApSettings:
             raise InputError(f"min_lr_factor is {self.min_lr_factor!r}; allowed are numbers from 1")
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             raise InputError(f"compute_dtype is {self.compute_dtype}; allowed are float32, bfloat16 and float16")
+        if self.zero_range is not None:
+            low, high = self.zero_range
+            if not 0 <= low <= high <= self.scheme.maxq:
+                raise InputError(
+                    f"zeros-in is {low},{high}; at {self.scheme.bits} bits both lie in 0..{self.scheme.maxq}, "
+                    "the lower one first"
+                )
         if self.scheme.sym or self.scheme.desc_act:
             raise UnsupportedSchemeError(
                 f"Block-AP trains zero-points and keeps the order of columns; {self.scheme} cannot be trained, "
@@ -121,6 +130,7 @@ class BlockApReport:
         blocks: one report a block.
         seconds: wall time of the whole run.
         peak_memory: largest of the blocks'.
+        zero_range: lowest and highest zero-point to use; None for 0 to maxq.
         activations: where hidden states were kept; None when none were needed.
     """
 

@@ -31,6 +31,7 @@ class TrainableBlock:
         scheme: bits and group_size of every linear.
         scale_dtype: dtype in which scales are stored.
         stored_dtypes: local parameter name -> dtype in which it is stored if it is not quantized.
+        zero_range: lowest and highest zero-point of every linear; None for all of them.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class TrainableBlock:
         scheme: QuantScheme,
         scale_dtype: torch.dtype,
         stored_dtypes: Mapping[str, torch.dtype],
+        zero_range: tuple[int, int] | None = None,
     ) -> None:
         self.block, self._stored_dtypes = block, stored_dtypes
         self.linears: dict[str, FakeQuantLinear] = {}
         for name, module in list(block.named_modules()):
             if is_quantizable(module):
-                self.linears[name] = FakeQuantLinear(module, scheme, scale_dtype)
+                self.linears[name] = FakeQuantLinear(module, scheme, scale_dtype, zero_range)
                 block.set_submodule(name, self.linears[name])
         quantized = {id(p) for linear in self.linears.values() for p in (linear.weight, linear.scales, linear.zeros)}
         self.others = {name: p for name, p in block.named_parameters() if id(p) not in quantized}

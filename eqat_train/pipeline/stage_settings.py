@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from formats.errors import InputError
 from formats.types import QuantScheme
 
 from ..block_ap.run import BlockApSettings
@@ -43,12 +44,22 @@ def block_ap_settings(config: TrainConfig) -> BlockApSettings:
         min_lr_factor=config.min_lr_factor,
         weight_decay=config.weight_decay,
         scale_dtype=DTYPES[config.scale_dtype],
+        zero_range=_zero_range(config.zeros_in),
         compute_dtype=dtype,
         device=device,
         activations=config.activations,  # type: ignore[arg-type]  # one of its choices
         activation_dtype=None if config.activation_dtype == "auto" else DTYPES[config.activation_dtype],
         seed=config.seed,
     )
+
+
+def _zero_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    ends = text.split(",")
+    if len(ends) != 2 or not all(end.strip().isdecimal() for end in ends):
+        raise InputError(f"--zeros-in is {text!r}; expected two integers, e.g. --zeros-in 1,2")
+    return int(ends[0]), int(ends[1])
 
 
 def e2e_settings(config: TrainConfig) -> E2eSettings:

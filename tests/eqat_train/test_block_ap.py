@@ -145,6 +145,31 @@ def test_the_packed_layer_is_the_trained_one(bits: int, group_size: int) -> None
     assert torch.equal(dequantize(layer.quantized()), weight)
 
 
+@pytest.mark.parametrize("zero_range", [(1, 2), (0, 1), (3, 3)])
+def test_zeros_held_in_a_range_are_trained_and_packed_alike(zero_range: tuple[int, int], tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "model")
+    _train(source, tmp_path, zero_range=zero_range, lr_zero=0.1)
+    with open_checkpoint(tmp_path / "out") as found:
+        zeros = torch.cat([found.layer(name).zeros.flatten() for name in found.layer_names])
+    assert sorted(set(zeros.tolist())) == list(range(zero_range[0], zero_range[1] + 1))
+
+
+def test_a_held_zero_moves_back_inside_and_the_packed_layer_is_the_trained_one() -> None:
+    torch.manual_seed(0)
+    layer = FakeQuantLinear(nn.Linear(64, 8), SCHEME, torch.float16, zero_range=(1, 2))
+    with torch.no_grad():
+        layer.weight.add_(torch.randn_like(layer.weight) * 0.1)
+        layer.zeros.add_(torch.randn_like(layer.zeros) * 4)
+    inputs = torch.eye(64)
+    weight = layer(inputs).T - layer.bias[:, None]
+    packed = layer.quantized()
+    assert set(packed.zeros.unique().tolist()) == {1, 2}
+    torch.testing.assert_close(dequantize(packed), weight.detach(), rtol=0, atol=1e-6)
+    weight.square().sum().backward()
+    outside = (layer.zeros < 0.5) | (layer.zeros > 2.5)
+    assert bool(layer.zeros.grad[outside].abs().gt(0).any())
+
+
 def test_everything_in_a_block_is_trained_and_nothing_else_changes(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "model", "qwen2", dtype=torch.bfloat16)
     _train(source, tmp_path, lr_weight=1e-2)
@@ -339,6 +364,8 @@ def test_an_interrupted_run_leaves_no_output_and_no_activations(tmp_path: Path) 
         ({"lr_scale": float("nan")}, InputError, "lr_scale is nan"),
         ({"lr_weight": 0.0, "lr_scale": 0.0, "lr_zero": 0.0}, InputError, "every learning rate is 0"),
         ({"min_lr_factor": 0.5}, InputError, "min_lr_factor is 0.5"),
+        ({"zero_range": (2, 1)}, InputError, r"zeros-in is 2,1; at 2 bits both lie in 0\.\.3"),
+        ({"zero_range": (1, 4)}, InputError, "zeros-in is 1,4"),
         ({"compute_dtype": torch.float64}, InputError, "compute_dtype is torch.float64"),
     ],
 )

@@ -66,6 +66,26 @@ def test_quantize_takes_zero_scales() -> None:
     assert torch.equal(codes, zeros.to(torch.uint8).expand(2, 8))
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_minmax_holds_zeros_in_a_range_and_keeps_every_weight_in_reach(bits) -> None:
+    scheme = QuantScheme(bits, 16)
+    generator = torch.Generator().manual_seed(0)
+    # shifted both ways, so that zeros lie at 0, at maxq and between
+    weight = torch.randn(64, 64, generator=generator) + torch.linspace(-3, 3, 64)[:, None]
+    free_scales, free_zeros = minmax_parameters(weight, scheme)
+    scales, zeros = minmax_parameters(weight, scheme, zero_range=(1, 2))
+    assert set(free_zeros.unique().tolist()) >= {0, 1, 2, scheme.maxq}
+    assert set(zeros.unique().tolist()) == {1, 2}
+    kept = free_zeros == zeros
+    assert torch.equal(scales[kept], free_scales[kept])
+    groups = weight.view(64, -1, 16).double()
+    low, high = -zeros * scales.double(), (scheme.maxq - zeros) * scales.double()
+    moved = ~kept
+    assert bool((groups.amin(2) >= low - 1e-6)[moved].all()) and bool((groups.amax(2) <= high + 1e-6)[moved].all())
+    tight = (groups.amin(2) - low).abs().minimum((groups.amax(2) - high).abs())
+    assert bool((tight[moved] < 1e-5).all())  # the smallest such scale
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-12, -3.0])
 def test_minmax_of_a_constant_weight_has_a_normal_scale(value) -> None:
     scales, zeros = minmax_parameters(torch.full((2, 8), value), QuantScheme(2, 4))

@@ -1,0 +1,192 @@
+"""Conversion of a synthetic checkpoint to every format: throughput beside ``cp`` of the same bytes, and peak memory.
+
+    python benchmarks/convert.py [--size 1GB] [--bits 2] [--formats gptq,mlx] [--work FOLDER] [--csv FILE]
+
+A native checkpoint of Llama-2-7B-shaped blocks with random codes is made once, and each conversion runs in a process of
+its own; its time is that of ``convert`` until the output is on disk (it ends with fsync, ``cp`` does not). The ratio is
+the conversion's throughput over that of ``cp -r`` on its own output, both in output bytes a second. The first and last
+layer of every output are read back and compared with the source before a row is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from formats import QuantScheme, available_formats, dequantize, get_format
+from formats.affine import minmax_parameters
+from formats.checkpoint import CheckpointWriter
+from formats.errors import EqatError
+from formats.model import open_checkpoint
+from formats.model_writer import write_model_config
+from formats.sizes import parse_size
+
+HIDDEN, FFN, VOCABULARY, GROUP = 4096, 11008, 4096, 64
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN),
+    "self_attn.v_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (FFN, HIDDEN),
+    "mlp.up_proj": (FFN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FFN),
+}
+FIELDS = ("format", "bits", "output_mb", "seconds", "mb_per_s", "cp_mb_per_s", "ratio", "peak_mib", "threads", "torch")
+DEMO = Path(__file__).resolve().parent.parent / "eqat_train" / "demo" / "assets"
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(2)
+from eqat_export.convert import convert
+from formats.errors import EqatError
+source, out, target = sys.argv[1:4]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+try:
+    convert(Path(source), Path(out), target, options=json.loads(sys.argv[4]))
+except EqatError as error:
+    print(json.dumps({"error": str(error)}))
+else:
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+"""
+
+
+def make_checkpoint(folder: Path, bits: int, size: int) -> None:
+    """A native Llama checkpoint of about ``size`` bytes: min-max zeros and scales of normal weights, random codes."""
+    native, scheme = get_format("native"), QuantScheme(bits, GROUP)
+    generator = torch.Generator().manual_seed(0)
+    parts = {}
+    for name, (rows, columns) in SHAPES.items():
+        scales, zeros = minmax_parameters(torch.randn(rows, columns, generator=generator) * 0.02, scheme)
+        parts[name] = scales.half(), zeros
+    config = json.loads((DEMO / "config.json").read_text()) | {
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": HIDDEN // 32,
+        "tie_word_embeddings": False,
+        "dtype": "float16",
+    }
+    vocabulary = config["vocab_size"]
+    block = sum(
+        rows * columns * bits / 8 + rows * columns / GROUP * (2 + bits / 8) for rows, columns in SHAPES.values()
+    )
+    blocks = max(1, round((size - 4 * vocabulary * HIDDEN) / block))
+    with CheckpointWriter(folder) as writer:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            writer.add(name, torch.randn(vocabulary, HIDDEN, generator=generator).half())
+        writer.add("model.norm.weight", torch.ones(HIDDEN).half())
+        for i in range(blocks):
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                writer.add(f"model.layers.{i}.{name}.weight", torch.ones(HIDDEN).half())
+            for name, (rows, columns) in SHAPES.items():
+                layer = random_layer(rows, columns, scheme, *parts[name], seed=i)
+                writer.add_layer(f"model.layers.{i}.{name}", native.encode_packed(layer))
+        write_model_config(writer, config | {"num_hidden_layers": blocks}, native, scheme)
+        writer.copy_companions(DEMO)
+
+
+def random_layer(rows: int, columns: int, scheme: QuantScheme, scales: torch.Tensor, zeros: torch.Tensor, seed: int):
+    """Uniform codes beside given scales and zeros, packed."""
+    from formats.packed import PackedLinear  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(-(2**31), 2**31, (columns * scheme.bits // 32, rows), generator=generator).to(torch.int32)
+    return PackedLinear(words, scales, zeros, scheme, columns)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of a folder's files."""
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return sum(each.stat().st_size for each in files)
+
+
+def copy_seconds(path: Path) -> float:
+    """Seconds that ``cp -r`` takes for it, without waiting for the disk."""
+    copy = path.with_name(f"{path.name}.copy")
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", path, copy], check=True)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+    return seconds
+
+
+def same_weights(source: Path, out: Path) -> bool:
+    """First and last layer read back equal the source's; a dense output has the rounded weights."""
+    with open_checkpoint(source) as truth, open_checkpoint(out) as found:
+        for name in (truth.layer_names[0], truth.layer_names[-1]):
+            exact = dequantize(truth.layer(name))
+            if found.format is None:
+                if not torch.equal(found.get(f"{name}.weight"), exact.half()):
+                    return False
+            elif not torch.equal(dequantize(found.layer(name)), exact):
+                return False
+    return True
+
+
+def run(source: Path, target: str, bits: int, options: dict[str, str]) -> list[object] | None:
+    """One row, or None where the format does not hold the checkpoint."""
+    out = source.with_name(f"{source.name}-{target}{get_format(target).suffix}")
+    command = [sys.executable, "-c", CHILD, str(source), str(out), target, json.dumps(options)]
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    if "error" in answer:
+        print(f"{target}: {answer['error']}", flush=True)
+        return None
+    try:
+        exact = same_weights(source, out)
+    except EqatError as error:
+        sys.exit(f"{target}: {error}; nothing was recorded")
+    if not exact:
+        sys.exit(f"{target}: weights differ from the source's; nothing was recorded")
+    size, copying = size_of(out) / 1e6, copy_seconds(out)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    seconds = answer["seconds"]
+    return [
+        target, bits, f"{size:.0f}", f"{seconds:.2f}", f"{size / seconds:.0f}", f"{size / copying:.0f}",
+        f"{copying / seconds:.2f}", f"{answer['peak']:.0f}", 2, f"{torch.__version__} {platform.machine()}",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Makes the checkpoint, converts, prints rows and appends them to the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="1GB", help="bytes of the native checkpoint")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--formats", help="ids separated by commas; all without it")
+    parser.add_argument("--work", type=Path, help="where the checkpoints go; a temporary folder without it")
+    parser.add_argument("--csv", type=Path, help="append the rows here")
+    arguments = parser.parse_args()
+    targets = arguments.formats.split(",") if arguments.formats else list(available_formats())
+    rows = []
+    print(*FIELDS, sep="\t")
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        for bits in arguments.bits:
+            source = Path(work) / f"w{bits}"
+            make_checkpoint(source, bits, parse_size(arguments.size))
+            for target in targets:
+                row = run(source, target, bits, {})
+                if row is not None:
+                    rows.append(row)
+                    print(*row, sep="\t", flush=True)
+            shutil.rmtree(source)
+    if arguments.csv:
+        fresh = not arguments.csv.exists()
+        with arguments.csv.open("a", newline="") as file:
+            csv.writer(file).writerows([FIELDS, *rows] if fresh else rows)
+
+
+if __name__ == "__main__":
+    main()
