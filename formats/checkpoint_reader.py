@@ -1,8 +1,7 @@
 """Reading a checkpoint folder: everything is checked on opening, tensors are read one at a time.
 
-Headers are parsed here, so that a damaged file is named before any work starts; the data comes through
-``safetensors.safe_open``. Each ``get`` maps the file anew, and the mapping goes with the tensor: resident memory is
-that of the tensors alive, whatever the size of a shard.
+Headers are checked here, so that a damaged file is named before any work starts. Data is read, not mapped: a plain read
+is several times as fast as faulting pages in, and resident memory is that of the tensors alive.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from .errors import CheckpointError
@@ -58,6 +57,8 @@ class CheckpointReader:
         self.config = read_json(self.folder / "config.json")
         self.quantization_config = self._find_quantization_config()
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(self._read_headers())
+        shards = {info.shard for info in self.tensors.values()}
+        self._identities = {shard: _identity(os.stat(self.folder / shard)) for shard in shards}
         self._closed = False
 
     def get(self, name: str) -> Tensor:
@@ -70,12 +71,20 @@ class CheckpointReader:
             raise CheckpointError(f"checkpoint {self.folder} is closed; read its tensors inside the with block")
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}; it has {len(self.tensors)} others")
-        path = self.folder / self.tensors[name].shard
+        info = self.tensors[name]
+        path = self.folder / info.shard
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as exc:
-            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {exc}") from exc
+            with path.open("rb") as file:
+                if _identity(os.fstat(file.fileno())) != self._identities[info.shard]:
+                    raise CheckpointError(f"cannot read tensor {name!r}: {path} changed since it was opened")
+                file.seek(info.offset)
+                count = file.readinto(data.numpy().data) if info.nbytes else 0
+        except OSError as exc:
+            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {exc.strerror}") from exc
+        if count != info.nbytes:
+            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {count} of its {info.nbytes} bytes came")
+        return data.view(info.dtype).view(info.shape)
 
     def close(self) -> None:
         """Makes further reads an error; tensors already read stay valid."""
@@ -137,6 +146,11 @@ class CheckpointReader:
                 f"{self.folder} has only pickled weights, which are never loaded; convert them to safetensors first"
             )
         raise CheckpointError(f"{self.folder} has no safetensors weights; expected {SINGLE_NAME} or {INDEX_NAME}")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    """Tells one state of a file from another."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_json(path: Path) -> dict[str, Any]:

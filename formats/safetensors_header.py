@@ -52,12 +52,14 @@ class TensorInfo:
         shape: sizes of its axes.
         nbytes: bytes of its data.
         shard: name of the file that holds it.
+        offset: byte of that file where its data begins.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
     shard: str
+    offset: int = 0
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -88,15 +90,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}; expected an object")
     header.pop("__metadata__", None)
-    return _check_entries(path, header, size - LENGTH_BYTES - length)
+    return _check_entries(path, header, LENGTH_BYTES + length, size - LENGTH_BYTES - length)
 
 
-def _check_entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+def _check_entries(path: Path, header: dict[str, Any], start: int, data_bytes: int) -> dict[str, TensorInfo]:
     spans = []
     infos = {}
     for name, entry in header.items():
-        infos[name], span = _parse_entry(path, name, entry)
-        spans.append((*span, name))
+        infos[name] = _parse_entry(path, name, entry, start)
+        begin = infos[name].offset - start
+        spans.append((begin, begin + infos[name].nbytes, name))
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
@@ -108,7 +111,7 @@ def _check_entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[
     return infos
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     match entry:
         case {"dtype": str(dtype_name), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
             isinstance(size, int) and size >= 0 for size in shape
@@ -124,7 +127,7 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[i
         raise CheckpointError(
             f"{path}: tensor {name!r} ({dtype_name} {shape}) takes {nbytes} bytes but spans {begin}..{end}"
         )
-    return TensorInfo(dtype, tuple(shape), nbytes, path.name), (begin, end)
+    return TensorInfo(dtype, tuple(shape), nbytes, path.name, start + begin)
 
 
 def build_header(entries: dict[str, dict[str, Any]], reserved: int | None = None) -> bytes:
