@@ -8,9 +8,10 @@ quantized layer keep their bytes and dtype unless the format says otherwise (``d
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from formats.packed import PackedLinear
 from formats.types import QuantizedLinear, QuantScheme
 
 __all__ = ["Conversion", "Rounding", "convert"]
-
-BLOCK_WEIGHTS = 2**21  # small enough for caches, large enough for whole rows
 
 
 @dataclass
@@ -57,14 +56,14 @@ class Rounding:
         Raises:
             CheckpointError: a stored value is further off than its bound, or not finite.
         """
-        difference = (stored.float() - exact).abs()
-        over = ~(difference <= bound)
-        if bool(over.any()):
-            value = float(exact[over].flatten()[0])
+        difference = (stored.float() - exact).abs_()
+        within = difference <= bound  # false for NaN
+        if not bool(within.all()):
+            value = float(exact[~within].flatten()[0])
             raise CheckpointError(
                 f"{name}: the value {value:.6g} cannot be stored as {dtype_name(stored.dtype)}; try another --dtype"
             )
-        share = torch.where(difference == 0, 0.0, difference / exact.abs())  # zeros are held exactly
+        share = (difference / exact).abs_().nan_to_num_(0.0, posinf=math.inf)  # zeros are held exactly
         self.relative = max(self.relative, float(share.max()))
         worst = int(difference.argmax())
         if float(difference.flatten()[worst]) >= self.error:
@@ -220,26 +219,19 @@ def _measure(
         kind = form.exactness(layer)  # from scales and zeros alone
         if kind is not Exactness.ROUNDED:
             return kind
-    blocks = list(_row_blocks(layer.unpack()))
-    kind = max((form.exactness(part) for _, part in blocks), key=list(Exactness).index)
+    plain = layer.unpack()
+    kind = max((form.exactness(part) for _, part in plain.row_blocks()), key=list(Exactness).index)
     if kind is Exactness.ROUNDED:
         held = form.decode(stored, layer.scheme) if form.readable else stored[form.marker]
-        for rows, part in blocks:
-            found = held[rows] if isinstance(held, Tensor) else dequantize(_rows(held, rows))
+        parts = (
+            (held[rows] for rows, _ in plain.row_blocks())
+            if isinstance(held, Tensor)
+            else (dequantize(part) for _, part in held.row_blocks())
+        )
+        for (_, part), found in zip(plain.row_blocks(), parts, strict=True):
             rounding.add(name, dequantize(part), found, form.bound(part))
         rounding.tensors += 1
     return kind
-
-
-def _row_blocks(layer: QuantizedLinear) -> Iterator[tuple[slice, QuantizedLinear]]:
-    step = max(BLOCK_WEIGHTS // layer.in_features, 1)
-    for start in range(0, layer.out_features, step):
-        rows = slice(start, start + step)
-        yield rows, _rows(layer, rows)
-
-
-def _rows(layer: QuantizedLinear, rows: slice) -> QuantizedLinear:
-    return replace(layer, codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows], bias=None)
 
 
 def _write_tensor(

@@ -54,10 +54,12 @@ class DenseFormat(Format):
         Raises:
             UnsupportedSchemeError: a weight is beyond the dtype's largest number.
         """
-        weight = dequantize(layer).to(self.dtype)
-        if not torch.isfinite(weight).all():
-            name = str(self.dtype).removeprefix("torch.")
-            raise UnsupportedSchemeError(f"a dequantized weight overflows {name}; use bfloat16 or float32")
+        weight = torch.empty(layer.codes.shape, dtype=self.dtype)
+        for rows, part in layer.row_blocks():
+            weight[rows] = dequantize(part)
+            if not torch.isfinite(weight[rows]).all():
+                name = str(self.dtype).removeprefix("torch.")
+                raise UnsupportedSchemeError(f"a dequantized weight overflows {name}; use bfloat16 or float32")
         return {"weight": weight} | ({} if layer.bias is None else {"bias": layer.bias.to(self.dtype)})
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
@@ -101,7 +103,6 @@ class DenseFormat(Format):
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """Half a unit in the last place of ``dtype`` (round to nearest, IEEE 754); ``[out, in]``."""
         limits = torch.finfo(self.dtype)
-        weight = dequantize(layer)
-        exponent = torch.frexp(weight).exponent  # weight = m * 2 ** exponent, 0.5 <= |m| < 1
-        half_ulp = torch.ldexp(torch.full_like(weight, limits.eps / 4), exponent)
-        return half_ulp.clamp(min=limits.smallest_normal * limits.eps / 2)
+        exponent_bits = dequantize(layer).view(torch.int32) & 0x7F800000
+        power = exponent_bits.view(torch.float32)  # the power of two at or below each |weight|; 0 for subnormal ones
+        return power.mul_(limits.eps / 2).clamp_(min=limits.smallest_normal * limits.eps / 2)

@@ -162,6 +162,18 @@ class QuantizedLinear(GroupedLayer):
         """Itself; a PackedLinear answers with its codes unpacked."""
         return self
 
+    def row_blocks(self, weights: int = 2**18) -> Iterator[tuple[slice, QuantizedLinear]]:
+        """The layer a few rows at a time, without its bias; by default what fits in a core's cache.
+
+        Yields:
+            the rows, and a layer of these rows.
+        """
+        step = max(weights // self.in_features, 1)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            part = replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows], bias=None)
+            yield rows, part
+
     def complement(self, where: Tensor) -> QuantizedLinear:
         """The same weights from ``(maxq - q, -s, maxq - z)`` in the chosen groups.
 
