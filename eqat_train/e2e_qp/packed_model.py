@@ -1,6 +1,6 @@
 """A quantized checkpoint as a model in memory whose weights stay packed, and its way back to disk.
 
-Quantized linears become :class:`PackedLinear`; embeddings, norms, the head and linears left in full precision are
+Quantized linears become :class:`QuantLinear`; embeddings, norms, the head and linears left in full precision are
 cast to the compute dtype (float32 holds every stored value exactly) and are never trained. Writing takes codes,
 zero-points, biases and every other tensor from the checkpoint again and only the scales from the model, so that
 nothing else can change.
@@ -23,7 +23,7 @@ from formats.model_writer import write_layer, write_model_config
 
 from ..models.decoder import find_decoder_layers
 from ..models.loading import build_skeleton, fill_model_
-from .packed_linear import PackedLinear
+from .quant_linear import QuantLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ class PackedModel:
     """
 
     model: PreTrainedModel
-    linears: dict[str, PackedLinear]
+    linears: dict[str, QuantLinear]
     layers: nn.ModuleList
 
     @property
@@ -91,7 +91,7 @@ def load_packed_model(
     return PackedModel(model, linears, layers)
 
 
-def write_trained(writer: CheckpointWriter, checkpoint: Checkpoint, linears: Mapping[str, PackedLinear]) -> None:
+def write_trained(writer: CheckpointWriter, checkpoint: Checkpoint, linears: Mapping[str, QuantLinear]) -> None:
     """Writes the checkpoint in the native format with the linears' scales, layer by layer."""
     if checkpoint.scheme is None:
         raise InputError(f"{checkpoint.reader.folder} is in full precision; it has no scales to replace")
@@ -112,7 +112,7 @@ def write_trained(writer: CheckpointWriter, checkpoint: Checkpoint, linears: Map
     writer.copy_companions(checkpoint.reader.folder)
 
 
-def _swap_linear_(model: nn.Module, name: str, layer: QuantizedLinear, scale_dtype: torch.dtype) -> PackedLinear:
+def _swap_linear_(model: nn.Module, name: str, layer: QuantizedLinear, scale_dtype: torch.dtype) -> QuantLinear:
     linear = _linear(model, name)
     if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
         raise CheckpointError(
@@ -122,7 +122,7 @@ def _swap_linear_(model: nn.Module, name: str, layer: QuantizedLinear, scale_dty
     if (linear.bias is None) != (layer.bias is None):
         has, wants = ("no bias", "one") if layer.bias is None else ("a bias", "none")
         raise CheckpointError(f"quantized layer {name} has {has}; config.json describes {wants}")
-    packed = PackedLinear.from_layer(layer, scale_dtype=scale_dtype)
+    packed = QuantLinear.from_layer(layer, scale_dtype=scale_dtype)
     parent, _, local = name.rpartition(".")
     setattr(model.get_submodule(parent), local, packed)
     return packed

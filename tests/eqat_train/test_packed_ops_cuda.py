@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from eqat_train.e2e_qp.packed_linear import PackedLinear
+from eqat_train.e2e_qp.quant_linear import QuantLinear
 from eqat_train.ops.dequant import dequant
 from tests.packed_reference import make_case
 
@@ -24,7 +24,7 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize(("group_size", "act_order"), [(64, False), (-1, False), (64, True), (80, False)])
 def test_weights_equal_the_cpus(bits: int, group_size: int, act_order: bool) -> None:
     case = make_case(bits, group_size, 48, 256, act_order=act_order)
-    linear = PackedLinear(case.packed, case.scales).cuda()
+    linear = QuantLinear(case.packed, case.scales).cuda()
     weight = dequant(linear.packed_weight(), linear.scales.detach(), torch.bfloat16)
     assert torch.equal(weight.cpu(), case.weight(case.scales.float()).to(torch.bfloat16))
 
@@ -35,7 +35,7 @@ def test_forward_and_backward_never_wait(
     bits: int, group_size: int, act_order: bool, request: pytest.FixtureRequest
 ) -> None:
     case = make_case(bits, group_size, 48, 256, act_order=act_order)
-    linear = PackedLinear(case.packed, case.scales).cuda()
+    linear = QuantLinear(case.packed, case.scales).cuda()
     x = torch.randn(2, 64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     linear(x).sum().backward()  # libraries load on first use
     request.getfixturevalue("waiting_is_an_error")

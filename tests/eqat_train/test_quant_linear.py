@@ -1,4 +1,4 @@
-"""PackedLinear against F.linear on the canonical layer's dequantized weight."""
+"""QuantLinear against F.linear on the canonical layer's dequantized weight."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eqat_train.e2e_qp.packed_linear import PackedLinear
+from eqat_train.e2e_qp.quant_linear import QuantLinear
 from formats import QuantizedLinear, QuantScheme, dequantize
 from formats.errors import InvalidLayerError
 
@@ -37,11 +37,11 @@ def test_forward_equals_the_dequantized_linear_bit_for_bit(
     layer = make_layer(bits, group_size, bias=bias, act_order=act_order)
     x = torch.randn(2, 7, IN)
     expected = F.linear(x, dequantize(layer), None if layer.bias is None else layer.bias.float())
-    assert torch.equal(PackedLinear.from_layer(layer)(x), expected)
+    assert torch.equal(QuantLinear.from_layer(layer)(x), expected)
 
 
 def test_the_scales_are_the_only_parameter_and_the_weight_stays_packed() -> None:
-    module = PackedLinear.from_layer(make_layer(2, 64, bias=True))
+    module = QuantLinear.from_layer(make_layer(2, 64, bias=True))
     assert [name for name, _ in module.named_parameters()] == ["scales"]
     assert module.scales.dtype == torch.float32 and module.scales.shape == (IN // 64, OUT)
     assert {name for name, _ in module.named_buffers()} == {"qweight", "qzeros", "bias"}
@@ -50,7 +50,7 @@ def test_the_scales_are_the_only_parameter_and_the_weight_stays_packed() -> None
 
 def test_forward_uses_the_scales_that_will_be_stored() -> None:
     layer = make_layer()
-    module = PackedLinear.from_layer(layer)
+    module = QuantLinear.from_layer(layer)
     x = torch.randn(5, IN)
     with torch.no_grad():
         module.scales.mul_(1 + 1e-5)  # less than half a step of float16
@@ -65,7 +65,7 @@ def test_forward_uses_the_scales_that_will_be_stored() -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rounding_is_straight_through(scale_dtype: torch.dtype) -> None:
     layer = make_layer(3, 64)
-    module = PackedLinear.from_layer(layer, scale_dtype=scale_dtype).double()
+    module = QuantLinear.from_layer(layer, scale_dtype=scale_dtype).double()
     with torch.no_grad():
         module.scales.mul_(1.003)
     x = torch.randn(5, IN, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_rounding_is_straight_through(scale_dtype: torch.dtype) -> None:
 
 
 def test_autocast_computes_in_its_dtype_and_keeps_the_gradient_float32() -> None:
-    module = PackedLinear.from_layer(make_layer(bias=True))
+    module = QuantLinear.from_layer(make_layer(bias=True))
     x = torch.randn(3, IN, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = module(x)
@@ -91,13 +91,13 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_gradient_float32() -> None
 
 def test_a_scale_dtype_that_cannot_be_stored_is_refused() -> None:
     with pytest.raises(InvalidLayerError, match="allowed are float16, bfloat16, float32"):
-        PackedLinear.from_layer(make_layer(), scale_dtype=torch.float64)
+        QuantLinear.from_layer(make_layer(), scale_dtype=torch.float64)
 
 
 def test_the_layer_it_was_made_of_does_not_change_with_it() -> None:
     layer = make_layer()
     before = layer.scales.clone()
-    module = PackedLinear.from_layer(replace(layer, scales=layer.scales.float()), scale_dtype=torch.float32)
+    module = QuantLinear.from_layer(replace(layer, scales=layer.scales.float()), scale_dtype=torch.float32)
     with torch.no_grad():
         module.scales.zero_()
     assert torch.equal(layer.scales, before)

@@ -18,10 +18,10 @@ from ..ops.dequant_matmul import dequant_matmul
 from ..ops.packed import PackedWeight
 from ..ops.straight_through import round_to_dtype
 
-__all__ = ["PackedLinear"]
+__all__ = ["QuantLinear"]
 
 
-class PackedLinear(nn.Module):
+class QuantLinear(nn.Module):
     """``y = x @ ((q - z) * s).T + bias`` with a packed ``q`` and ``z``.
 
     The weight is computed in float32 and rounded once to the dtype of the input (under autocast: to autocast's dtype),
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
     @classmethod
     def from_layer(
         cls, layer: QuantizedLinear, *, scale_dtype: torch.dtype = torch.float16, impl: str = "auto"
-    ) -> PackedLinear:
+    ) -> QuantLinear:
         """Packs a canonical layer."""
         tensors = get_format("native").encode(layer)
         packed = PackedWeight(
