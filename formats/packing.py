@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack_bits", "packed_length", "restream", "unpack_bits"]
+__all__ = ["pack_bits", "packed_length", "permute_fields", "restream", "unpack_bits"]
 
 _CONTAINER_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
@@ -154,6 +155,42 @@ def restream(words: Tensor, length: int, used: int, target: int) -> Tensor:
             end = min((i + 1) * used, (j + 1) * target)
             result[:, j] |= _field(source[:, i], start - i * used, end - start) << (start - j * target)
     return result.flatten(0, 1)[: math.ceil(length / target)]
+
+
+def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor:
+    """Moves the fields of every word to other places in the same word.
+
+    Fields that move equally far move together, with one mask and one shift.
+
+    Args:
+        words: int32 tensor of any shape.
+        bits: bits a field; must divide 32.
+        positions: for each of the ``32 // bits`` fields, lowest first, the index of the field it becomes.
+
+    Returns:
+        int32 tensor of the same shape, contiguous.
+
+    Raises:
+        ValueError: words are not int32, bits does not divide 32, or positions is no permutation of the fields.
+    """
+    if words.dtype != torch.int32:
+        raise ValueError(f"words are {words.dtype}; permute_fields takes int32")
+    if not 1 <= bits <= 8 or 32 % bits:
+        raise ValueError(f"bits is {bits}; fields of 1, 2, 4 or 8 bits fill a word of 32")
+    if sorted(positions) != list(range(32 // bits)):
+        raise ValueError(f"positions are {list(positions)}; expected each of 0..{32 // bits - 1} once")
+    targets: dict[int, int] = {}  # distance in bits, upwards -> mask of the fields that land there
+    for field, position in enumerate(positions):
+        distance = (position - field) * bits
+        targets[distance] = targets.get(distance, 0) | (2**bits - 1) << position * bits
+    source = words.contiguous()
+    result, moved = torch.zeros_like(source), torch.empty_like(source)
+    for distance, mask in targets.items():
+        shift = torch.bitwise_left_shift if distance >= 0 else torch.bitwise_right_shift
+        shift(source, abs(distance), out=moved)
+        moved.bitwise_and_(mask - 2**32 if mask >= 2**31 else mask)  # the mask also clears copies of the sign bit
+        result.bitwise_or_(moved)
+    return result
 
 
 def _field(words: Tensor, low: int, width: int) -> Tensor:

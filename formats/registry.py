@@ -21,6 +21,7 @@ _BUILTIN = {
     "native": "formats.native:NativeFormat",
     "gptq": "formats.gptq:GptqV1Format",
     "gptq_v2": "formats.gptq:GptqV2Format",
+    "bitblas": "formats.bitblas:BitblasFormat",
     "dense": "formats.dense:DenseFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"
