@@ -70,7 +70,7 @@ class BitblasFormat(GptqV2Format):
         self.container_bits = None if container_bits is None else int(container_bits)
 
     def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
-        """2, 4 or 8 stored bits, multiples of 16 along both axes, groups of 32, 64, 128 or a whole row, no act-order."""
+        """2, 4 or 8 stored bits, multiples of 16 both ways, groups of 32, 64, 128 or a row, no act-order."""
         stored = self._stored(scheme)
         if scheme.bits > stored.bits:
             raise UnsupportedSchemeError(
@@ -83,7 +83,9 @@ class BitblasFormat(GptqV2Format):
                 "numbers in wider fields, or use --to gptq"
             )
         if scheme.desc_act:
-            raise UnsupportedSchemeError("bitblas has no act-order (desc_act): its kernels take no g_idx; use --to gptq")
+            raise UnsupportedSchemeError(
+                "bitblas has no act-order (desc_act): its kernels take no g_idx; use --to gptq"
+            )
         for axis, size in (("in_features", in_features), ("out_features", out_features)):
             if size % _STEP:
                 raise UnsupportedSchemeError(
@@ -170,7 +172,7 @@ class BitblasFormat(GptqV2Format):
         """GPTQ's keys; ``sym`` is false, since readers of symmetric files take no zeros.
 
         Raises:
-            UnsupportedSchemeError: a layer whose stored bits or group_size are not the model's; readers have one of each.
+            UnsupportedSchemeError: a layer's stored bits or group_size are not the model's; readers have one of each.
         """
         for name, override in overrides.items():
             if self._stored(override) != self._stored(scheme):

@@ -34,7 +34,8 @@ def bytes_of(rows: list[list[int]], positions: list[int]) -> list[list[int]]:
     step = len(positions)
     packed = []
     for row in rows:
-        words = [sum(value << at for value, at in zip(row[i : i + step], positions)) for i in range(0, len(row), step)]
+        runs = (row[i : i + step] for i in range(0, len(row), step))
+        words = [sum(value << at for value, at in zip(run, positions, strict=True)) for run in runs]
         packed.append([byte - 256 if byte > 127 else byte for word in words for byte in word.to_bytes(4, "little")])
     return packed
 
@@ -80,9 +81,9 @@ def test_bytes_are_the_words_of_pythons_integers_and_come_back_exactly(make_laye
     out_features, in_features, group_size = shape
     layer = make_layer(bits, group_size, out_features, in_features, zeros=zeros, bias=True)
     tensors = BITBLAS.encode(layer)
-    per_byte = [bits * i for i in range(8 // bits)]
+    per_byte = 8 // bits
     packed = [
-        [sum(value << at for value, at in zip(row[i:], per_byte)) for i in range(0, out_features, len(per_byte))]
+        [sum(row[i + j] << bits * j for j in range(per_byte)) for i in range(0, out_features, per_byte)]
         for row in layer.zeros.T.tolist()
     ]
     assert tensors["qweight"].tolist() == bytes_of(layer.codes.tolist(), POSITIONS[bits])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from formats import pack_bits, unpack_bits
-from formats.packing import packed_length
+from formats.packing import packed_length, permute_fields
 
 CONTAINERS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
@@ -99,3 +99,28 @@ def test_impossible_packings_are_refused(arguments: dict, message: str) -> None:
 def test_unpacking_refuses_the_wrong_number_of_words() -> None:
     with pytest.raises(ValueError, match="take 2"):
         unpack_bits(torch.zeros(3, dtype=torch.int32), 3, 20)
+
+
+@given(bits=st.sampled_from([1, 2, 4, 8]), data=st.data())
+def test_fields_go_where_they_are_sent(bits, data) -> None:
+    positions = data.draw(st.permutations(range(32 // bits)))
+    numbers = data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5))
+    expected = [
+        sum(((number >> bits * i) & (2**bits - 1)) << bits * place for i, place in enumerate(positions))
+        for number in numbers
+    ]
+    found = permute_fields(torch.tensor(numbers, dtype=torch.int32)[:, None], bits, positions)
+    assert [number & 0xFFFFFFFF for number in found[:, 0].tolist()] == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "positions", "said"),
+    [
+        (torch.int64, 4, range(8), "takes int32"),
+        (torch.int32, 3, range(10), "bits is 3"),
+        (torch.int32, 8, [0, 1, 2, 2], "expected each of 0..3 once"),
+    ],
+)
+def test_a_permutation_of_fields_that_is_none_is_refused(dtype, bits, positions, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        permute_fields(torch.zeros(2, dtype=dtype), bits, positions)
