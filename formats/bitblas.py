@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .base import NO_OVERRIDES, Exactness, FormatOption
 from .errors import CheckpointError, InvalidLayerError, UnsupportedSchemeError
-from .gptq import GptqV2Format
+from .gptqmodel import GptqmodelFormat
 from .packed import PackedLinear
 from .packing import pack_bits, permute_fields, unpack_bits
 from .types import SCALE_DTYPES, QuantizedLinear, QuantScheme
@@ -39,7 +39,7 @@ _INTERLEAVE = {
 }
 
 
-class BitblasFormat(GptqV2Format):
+class BitblasFormat(GptqmodelFormat):
     """BitBLAS' own layout (``checkpoint_format: bitblas``); exact when scales are fp16 numbers.
 
     Args:
@@ -49,6 +49,7 @@ class BitblasFormat(GptqV2Format):
 
     id: ClassVar[str] = "bitblas"
     title: ClassVar[str] = "BitBLAS, packed as its fp16 kernels take it"
+    marker: ClassVar[str] = "qweight"
     local_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "zeros", "scales", "bias")
     options: ClassVar[tuple[FormatOption, ...]] = (
         FormatOption(

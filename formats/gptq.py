@@ -7,21 +7,18 @@ field ever wraps. Layout, readers and sources: ``gptq.md``.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .affine import dequantize, expand_groups
-from .base import NO_OVERRIDES, Exactness
-from .errors import CheckpointError, InvalidLayerError, UnsupportedSchemeError
+from .base import Exactness
+from .errors import UnsupportedSchemeError
+from .gptqmodel import GptqmodelFormat, dynamic_rules, producers
 from .packed import PackedLinear
-from .qweight import QweightFormat, config_integer
+from .qweight import QweightFormat
 from .types import QuantizedLinear, QuantScheme
-from .version import __version__
 
 __all__ = ["GptqV1Format", "GptqV2Format", "dynamic_rules", "producers"]
 
@@ -31,7 +28,7 @@ _USUAL_GROUPS = (128, 64, 32, 16)
 _V1_QUANTIZER = "gptqmodel:0.9.0"
 
 
-class GptqV2Format(QweightFormat):
+class GptqV2Format(GptqmodelFormat, QweightFormat):
     """GPTQ with raw zeros (``checkpoint_format: gptq_v2``); exact when scales are fp16 numbers."""
 
     id: ClassVar[str] = "gptq_v2"
@@ -59,109 +56,6 @@ class GptqV2Format(QweightFormat):
                 f"group_size {scheme.group_size} does not divide in_features {in_features}; "
                 f"these do: {', '.join([*fitting, '-1'])}; or use --to native"
             )
-
-    def stored_scales(self, scales: Tensor) -> Tensor:
-        """fp16.
-
-        Raises:
-            UnsupportedSchemeError: a scale is beyond fp16's largest number.
-        """
-        stored = scales.to(torch.float16)
-        if not torch.isfinite(stored).all():
-            raise UnsupportedSchemeError(
-                f"a scale is {float(scales.abs().max()):g}; {self.id} stores fp16, at most 65504; use --to native"
-            )
-        return stored
-
-    def stored_bias(self, bias: Tensor) -> Tensor:
-        """fp16 where that is exact; otherwise as it is, since readers cast it when they load."""
-        stored = bias.to(torch.float16)
-        return stored if torch.equal(stored.to(bias.dtype), bias) else bias
-
-    def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
-        """EXACT when every scale is an fp16 number."""
-        return Exactness.EXACT if _is_fp16(layer.scales) else Exactness.ROUNDED
-
-    def bound(self, layer: QuantizedLinear) -> Tensor:
-        """``|fp16(s) - s| * |q - z|``, plus half an ulp of each of the two fp32 products; ``[out, in]``."""
-        difference = (layer.scales.double().half().double() - layer.scales.double()).abs()
-        if layer.g_idx is None:
-            columns = expand_groups(difference, layer.in_features, layer.scheme.group_size)
-        else:
-            columns = difference[:, layer.group_index()]
-        weight = dequantize(layer, torch.float64)
-        steps = dequantize(replace(layer, scales=torch.ones_like(layer.scales)), torch.float64).abs()
-        rounding = torch.finfo(torch.float32).eps * weight.abs() + torch.finfo(torch.float32).smallest_normal
-        limit = steps * columns
-        return torch.where(limit == 0, 0.0, limit + rounding).float()
-
-    def quantization_config(
-        self,
-        scheme: QuantScheme,
-        ignore: Collection[str] = ("lm_head",),
-        overrides: Mapping[str, QuantScheme] = NO_OVERRIDES,
-    ) -> dict[str, Any]:
-        """What gptqmodel and transformers read; ``dynamic`` carries skipped and differing modules."""
-        config = {
-            "quant_method": "gptq",
-            **asdict(scheme),
-            "lm_head": "lm_head" in overrides or "lm_head" not in ignore,
-            "checkpoint_format": self.id,
-            "format": self.id,
-            "pack_dtype": "int32",
-            "meta": {"quantizer": self._quantizers()},
-        }
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
-        dynamic |= {f"+:^{re.escape(name)}$": asdict(override) for name, override in overrides.items()}
-        if dynamic:
-            config["dynamic"] = dynamic
-        return config
-
-    def sidecar_files(
-        self,
-        scheme: QuantScheme,
-        ignore: Collection[str] = ("lm_head",),
-        overrides: Mapping[str, QuantScheme] = NO_OVERRIDES,
-    ) -> dict[str, dict[str, Any]]:
-        """``quantize_config.json``, which gptqmodel reads before ``config.json``."""
-        return {"quantize_config.json": self.quantization_config(scheme, ignore, overrides)}
-
-    def model_dtype(self) -> torch.dtype:
-        """fp16: readers cast scales to the model's dtype, and bf16 would round them."""
-        return torch.float16
-
-    def parse_config(self, config: Mapping[str, Any]) -> QuantScheme:
-        """bits (or wbits), group_size, sym and desc_act with gptqmodel's defaults."""
-        pack_dtype = config.get("pack_dtype", "int32")
-        if pack_dtype != "int32":
-            raise CheckpointError(f"pack_dtype is {pack_dtype!r}; only int32 words are read")
-        try:
-            return QuantScheme(
-                config_integer(config, "bits", "wbits", "w_bit"),
-                config_integer(config, "group_size", "q_group_size"),
-                sym=bool(config.get("sym", True)),
-                desc_act=bool(config.get("desc_act", False)),
-            )
-        except InvalidLayerError as exc:
-            raise CheckpointError(f"quantization configuration: {exc}") from exc
-
-    def layer_scheme(self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantScheme:
-        """The model-wide scheme with the first ``dynamic`` pattern that matches applied to it."""
-        for pattern, fields in dynamic_rules(config).items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
-                return self.parse_config({**config, **fields})
-        return self.parse_config(config)
-
-    def detect(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
-        """quant_method gptq (AutoGPTQ left it out) and this checkpoint_format; without a format it is v1."""
-        if not config or not any(name.endswith(".qweight") for name in names):
-            return False
-        if config.get("quant_method", config.get("method", "gptq")) != "gptq":
-            return False
-        return _labels(config) == {self.id}
-
-    def _quantizers(self) -> list[str]:
-        return [f"eqat:{__version__}"]
 
 
 class GptqV1Format(GptqV2Format):
@@ -207,44 +101,6 @@ class GptqV1Format(GptqV2Format):
 
     def _quantizers(self) -> list[str]:
         return [*super()._quantizers(), _V1_QUANTIZER]
-
-
-def dynamic_rules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """gptqmodel's ``dynamic``: regex -> fields that differ for the modules it matches; ``-:regex`` leaves them out.
-
-    Raises:
-        CheckpointError: it is not such an object, or a regex does not compile.
-    """
-    rules = config.get("dynamic") or {}
-    if not isinstance(rules, dict) or not all(isinstance(fields, dict) for fields in rules.values()):
-        raise CheckpointError(f"dynamic is {rules!r}; expected an object of module patterns and their fields")
-    for pattern in rules:
-        try:
-            re.compile(pattern.removeprefix("+:").removeprefix("-:"))
-        except re.error as exc:
-            raise CheckpointError(
-                f"dynamic has the pattern {pattern!r}, which is no regular expression: {exc}"
-            ) from exc
-    return rules
-
-
-def producers(config: Mapping[str, Any]) -> dict[str, str]:
-    """Tool -> version from ``meta.quantizer``; empty where there is none."""
-    meta = config.get("meta")
-    entries = meta.get("quantizer") if isinstance(meta, dict) else None
-    listed = entries if isinstance(entries, list) else [entries] if entries else []
-    pairs = (str(entry).lower().partition(":") for entry in listed)
-    return {tool: version for tool, _, version in pairs}
-
-
-def _labels(config: Mapping[str, Any]) -> set[str]:
-    """What the two format fields say; readers disagree on which one wins, so two different labels are no format."""
-    found = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)}
-    return found or {GptqV1Format.id}
-
-
-def _is_fp16(scales: Tensor) -> bool:
-    return scales.dtype == torch.float16 or torch.equal(scales.half().to(scales.dtype), scales)
 
 
 def _carry(zeros: Tensor, bits: int) -> Tensor:
