@@ -19,6 +19,7 @@ __all__ = ["RUNTIMES", "get_runtime"]
 RUNTIMES = MappingProxyType(
     {
         "gptqmodel": "eqat_export.runtimes.gptqmodel:GptqmodelRuntime",
+        "bitblas": "eqat_export.runtimes.bitblas:BitblasRuntime",
         "transformers": "eqat_export.runtimes.transformers:TransformersRuntime",
     }
 )
