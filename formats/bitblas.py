@@ -44,7 +44,7 @@ class BitblasFormat(GptqmodelFormat):
 
     Args:
         zeros_name: local name of the zeros' tensor, ``"qzeros"`` or ``"zeros"``.
-        container_bits: ``"2"``, ``"4"`` or ``"8"``: store codes of fewer bits in fields of this many.
+        container_bits: ``"4"``: store codes of fewer bits in fields of this many.
     """
 
     id: ClassVar[str] = "bitblas"
@@ -60,9 +60,9 @@ class BitblasFormat(GptqmodelFormat):
         ),
         FormatOption(
             "container-bits",
-            ("2", "4", "8"),
+            ("4",),
             None,
-            "bits of a stored field, when the codes have fewer (3-bit codes fit 4)",
+            "store codes of fewer bits in fields of 4 bits, e.g. 3-bit codes",
         ),
     )
 
@@ -75,14 +75,13 @@ class BitblasFormat(GptqmodelFormat):
         stored = self._stored(scheme)
         if scheme.bits > stored.bits:
             raise UnsupportedSchemeError(
-                f"{scheme.bits} bits do not fit --container-bits {stored.bits}; leave the option out or take 8"
+                f"{scheme.bits} bits do not fit --container-bits {stored.bits}; leave the option out or use --to native"
             )
         if stored.bits not in _BITS:
-            fitting = [bits for bits in _BITS if bits > stored.bits]
-            raise UnsupportedSchemeError(
-                f"bitblas holds 2, 4 and 8 bits, not {stored.bits}; --container-bits {fitting[0]} stores the same "
-                "numbers in wider fields, or use --to gptq"
+            fix = (
+                "--container-bits 4 stores the same numbers in wider fields" if scheme.bits < 4 else "take one of those"
             )
+            raise UnsupportedSchemeError(f"bitblas holds 2, 4 and 8 bits, not {stored.bits}; {fix}, or use --to native")
         if scheme.desc_act:
             raise UnsupportedSchemeError(
                 "bitblas has no act-order (desc_act): its kernels take no g_idx; use --to gptq"

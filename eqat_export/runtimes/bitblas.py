@@ -84,7 +84,14 @@ class BitblasRuntime(Runtime):
             )
 
     def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
-        """Builds one operator for each shape among the layers; see Runtime."""
+        """Builds one operator for each shape among the layers; see Runtime.
+
+        Raises:
+            NotImplementedError: 8-bit layers. bitblas builds no kernel for them on any GPU, and may crash trying: it
+                writes the mask 255 as an int8 literal, and its conversion of whole bytes has a wrong signature.
+        """
+        if any(checkpoint.layer_scheme(name).bits == 8 for name in checkpoint.layer_names):
+            raise NotImplementedError(f"bitblas {self.version} has no 8-bit kernel for fp16 activations")
         kernels = {name: kernel_of(checkpoint, name) for name in checkpoint.layer_names}
         return _BitblasSession(checkpoint, device, kernels, build_kernels(set(kernels.values()), hopper=self.hopper))
 

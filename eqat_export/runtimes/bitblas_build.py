@@ -23,13 +23,17 @@ from formats.errors import InputError
 __all__ = ["HOPPER_TARGET", "hopper_templates", "load_libraries", "patched_templates"]
 
 HOPPER_TARGET = "cuda -arch=sm_80"
-LIBRARIES = {"libcudart.so.12": "nvidia-cuda-runtime-cu12", "libnvrtc.so.12": "nvidia-cuda-nvrtc-cu12"}
+LIBRARIES = {
+    "libcuda.so.1": "",  # the driver's own
+    "libcudart.so.12": "nvidia-cuda-runtime-cu12",
+    "libnvrtc.so.12": "nvidia-cuda-nvrtc-cu12",
+}
 _HEADER = Path("tl_templates", "cuda", "gemm_sm90.h")
 _UNQUALIFIED, _QUALIFIED = "  warpgroup_wait<num_mma>();", "  cute::warpgroup_wait<num_mma>();"
 
 
 def load_libraries() -> None:
-    """Loads the CUDA 12 libraries that libtvm.so links, from the loader's path or from NVIDIA's packages.
+    """Loads the libraries of NVIDIA's that libtvm.so links, from the loader's path or from NVIDIA's packages.
 
     Raises:
         InputError: one is nowhere to be found.
@@ -42,7 +46,8 @@ def load_libraries() -> None:
             except OSError:
                 continue
         else:
-            raise InputError(f"bitblas links {name}, which is not installed: pip install {package}")
+            fix = f"pip install {package}" if package else "install NVIDIA's driver"
+            raise InputError(f"bitblas links {name}, which is not installed: {fix}")
 
 
 @contextmanager
@@ -67,9 +72,8 @@ def hopper_templates(package: Path) -> Iterator[None]:
             yield
         finally:
             for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
+                os.environ.pop(name, None)
+                if value is not None:
                     os.environ[name] = value
 
 
