@@ -89,7 +89,7 @@ class BitblasFormat(GptqmodelFormat):
         for axis, size in (("in_features", in_features), ("out_features", out_features)):
             if size % _STEP:
                 raise UnsupportedSchemeError(
-                    f"{axis} is {size}; bitblas takes multiples of {_STEP}; "
+                    f"{axis} is {size}; bitblas at {scheme.bits} bits takes multiples of {_STEP}; "
                     "leave this layer unquantized or use --to native"
                 )
         size = scheme.group_size
