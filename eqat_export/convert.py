@@ -176,7 +176,7 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
     """Checks every layer against a format, from metadata only.
 
     Raises:
-        UnsupportedSchemeError: the first layer that the format cannot hold, by name.
+        UnsupportedSchemeError: the first layer that the format cannot hold, by name, or cannot hold beside the others.
     """
     for name in checkpoint.layer_names:
         try:
@@ -184,6 +184,8 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
         except UnsupportedSchemeError as error:
             others = ", ".join(formats_that_hold(checkpoint)) or "none"
             raise UnsupportedSchemeError(f"layer {name}: {error} (formats that hold every layer: {others})") from error
+    if checkpoint.scheme is not None:  # some formats have no words for layers that differ
+        form.quantization_config(checkpoint.scheme, checkpoint.ignore, checkpoint.overrides)
 
 
 def formats_that_hold(checkpoint: Checkpoint) -> list[str]:

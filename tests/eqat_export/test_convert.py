@@ -237,3 +237,19 @@ def test_what_training_leaves_beside_its_checkpoint_stays_there(native: Callable
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "chat_template.jinja" in names
     assert not names & {run_files.CONFIG_FILE, run_files.LOG_FILE, run_files.REPORT_FILE}
+
+
+def test_layers_that_a_format_cannot_hold_side_by_side_are_refused_before_anything_is_written(
+    native: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "v2"
+    convert(native(bits=4), folder, "gptq_v2")
+    for name in ("config.json", "quantize_config.json"):
+        config = json.loads((folder / name).read_text())
+        config.get("quantization_config", config)["dynamic"] = {rf"+:^{UP}$": {"bits": 2}}
+        (folder / name).write_text(json.dumps(config))
+    started: list[int] = []
+    with pytest.raises(UnsupportedSchemeError, match=rf"layer {UP} is w2g32, the model w4g32; .*--to gptq"):
+        convert(folder, tmp_path / "out", "bitblas", start=lambda total: started.append(total) or print)
+    assert not started
+    assert not (tmp_path / "out").exists()
