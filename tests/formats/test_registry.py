@@ -30,8 +30,9 @@ def test_every_format_loads_and_knows_its_own_name() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UnknownFormatError, match=r"unknown format 'awq'; known are native, gptq, gptq_v2, dense"):
+    with pytest.raises(UnknownFormatError, match=r"unknown format 'q4_k'; known are native, gptq, ") as caught:
         get_format("q4_k")
+    assert all(name in str(caught.value) for name in available_formats())
 
 
 def test_the_table_is_read_only() -> None:
