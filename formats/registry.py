@@ -22,6 +22,7 @@ _BUILTIN = {
     "gptq": "formats.gptq:GptqV1Format",
     "gptq_v2": "formats.gptq:GptqV2Format",
     "bitblas": "formats.bitblas:BitblasFormat",
+    "compressed-tensors": "formats.compressed_tensors:CompressedTensorsFormat",
     "dense": "formats.dense:DenseFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"
