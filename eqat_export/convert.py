@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +204,29 @@ def _holds(fmt: Format, layers: set[tuple[QuantScheme, int, int]]) -> bool:
 
 
 def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
-    layer = checkpoint.packed_layer(name)
+    layer = _as_configured(checkpoint, name)
     stored = write_layer(writer, form, name, layer)
     size = sum(tensor.nbytes for tensor in stored.values())
     result.exactness[_measure(form, name, layer, stored, result.rounded)] += 1
     result.weights += layer.out_features * layer.in_features
     result.layer_bytes += size
     result.total_bytes += size
+
+
+def _as_configured(checkpoint: Checkpoint, name: str) -> QuantizedLinear | PackedLinear:
+    """A layer that is symmetric exactly when the configuration, which is carried over, says so.
+
+    Raises:
+        CheckpointError: it says so, and zero-points differ.
+    """
+    layer, scheme = checkpoint.packed_layer(name), checkpoint.layer_scheme(name)
+    if scheme.sym and not layer.scheme.sym:
+        low, high = (int(bound) for bound in layer.zeros.aminmax())
+        raise CheckpointError(
+            f"layer {name} of {checkpoint.reader.folder}: the configuration says sym, and zero-points span "
+            f"{low}..{high}; one of the two is wrong: eqat verify {checkpoint.reader.folder}"
+        )
+    return layer if layer.scheme.sym == scheme.sym else replace(layer, scheme=replace(layer.scheme, sym=scheme.sym))
 
 
 def _measure(
