@@ -36,7 +36,7 @@ MOST_ROWS = 12
 WORST_OF_GOOD = 3
 MOST_FINDINGS = 20
 HISTOGRAM_ROWS = 16
-WIDE = 80  # columns from which tables show everything
+WIDE = 120
 
 
 def show_conversion(conversion: Conversion, console: Console) -> None:
