@@ -61,7 +61,7 @@ def _row(form: Format) -> FormatRow:
     runtimes = [get_runtime(runtime_id) for runtime_id in RUNTIMES]
     stored = form.id if form.readable else None
     readers = [runtime for runtime in runtimes if stored in runtime.formats]
-    extras = sorted({runtime.extra for runtime in readers}) if form.readable else []
+    extras = sorted({runtime.needs(form.id)[1] for runtime in readers}) if form.readable else []
     return FormatRow(
         form.id,
         form.title,

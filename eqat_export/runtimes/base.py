@@ -49,10 +49,14 @@ class Runtime(ABC):
                 f"runtime {self.id} does not read format {format_id or 'dense'}; it reads {reads} "
                 "(convert with eqat export first)"
             )
-        needed = self.requires if format_id is not None else ()
-        for module in needed:
+        modules, extra = self.needs(format_id)
+        for module in modules:
             if importlib.util.find_spec(module) is None:
-                raise MissingExtraError(module, self.extra, f"the runtime check with {self.id}")
+                raise MissingExtraError(module, extra, f"the runtime check with {self.id}")
+
+    def needs(self, format_id: str | None) -> tuple[tuple[str, ...], str]:
+        """Modules that must be importable to read a format, and eqat's extra that brings them."""
+        return (() if format_id is None else self.requires), self.extra
 
     @property
     def version(self) -> str:

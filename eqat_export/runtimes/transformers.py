@@ -1,6 +1,15 @@
-"""transformers' ``AutoModelForCausalLM``: dense folders by itself, GPTQ through optimum and gptqmodel."""
+"""transformers' ``AutoModelForCausalLM``: dense folders by itself, others through the library of their format.
+
+- GPTQ through optimum and gptqmodel.
+- compressed-tensors through the package of that name, with ``dequantize=True``: left compressed, asymmetric layers do
+  not load (transformers 5.23 allocates unpacked zero-points). It computes ``(q - z) * s`` in the dtype of the scales
+  and casts to the model's, so that is the dtype to load and to compare in.
+"""
 
 from __future__ import annotations
+
+from functools import reduce
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,24 +19,48 @@ from .base import ModuleSession, Runtime, Session, no_compile
 
 __all__ = ["TransformersRuntime"]
 
+_GPTQ = (("optimum", "gptqmodel"), "gptq")
+
 
 class TransformersRuntime(Runtime):
     """``AutoModelForCausalLM.from_pretrained(folder)``."""
 
     id = "transformers"
     package = "transformers"
-    requires = ("optimum", "gptqmodel")
-    extra = "gptq"
-    formats = ("gptq", "gptq_v2", None)
+    readers: ClassVar[dict[str | None, tuple[tuple[str, ...], str]]] = {
+        "gptq": _GPTQ,
+        "gptq_v2": _GPTQ,
+        "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+        None: ((), ""),
+    }
+    formats = tuple(readers)
+
+    def needs(self, format_id: str | None) -> tuple[tuple[str, ...], str]:
+        """The library that reads the format for transformers."""
+        return self.readers[format_id]
 
     def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
         """See :class:`Runtime`."""
-        from transformers import AutoModelForCausalLM, GPTQConfig  # noqa: PLC0415
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-        scheme = checkpoint.scheme
-        options = {} if scheme is None else {"quantization_config": GPTQConfig(bits=scheme.bits, backend="gptq_torch")}
+        options, dtype = _options(checkpoint)
         with no_compile():
             model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.reader.folder, dtype=torch.float16, device_map=str(device), **options
+                checkpoint.reader.folder, dtype=dtype, device_map=str(device), **options
             )
-        return ModuleSession(model.eval())
+        session = ModuleSession(model.eval())
+        session.dtype = dtype
+        return session
+
+
+def _options(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.dtype]:
+    """What ``from_pretrained`` needs to be told about a checkpoint, and the dtype to load it in."""
+    from transformers import CompressedTensorsConfig, GPTQConfig  # noqa: PLC0415
+
+    if checkpoint.format is None or checkpoint.scheme is None:
+        return {}, torch.float16
+    if checkpoint.format.id == "compressed-tensors":
+        tensors = checkpoint.reader.tensors
+        scales = [tensors[f"{name}.weight_scale"].dtype for name in checkpoint.layer_names]
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}, reduce(torch.promote_types, scales)
+    return {"quantization_config": GPTQConfig(bits=checkpoint.scheme.bits, backend="gptq_torch")}, torch.float16
