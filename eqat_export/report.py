@@ -36,7 +36,8 @@ MOST_ROWS = 12
 WORST_OF_GOOD = 3
 MOST_FINDINGS = 20
 HISTOGRAM_ROWS = 16
-WIDE = 120
+WIDE = 80  # columns from which tables show everything
+FORMATS_WIDE = 120  # the same for eqat formats, whose ids are long
 
 
 def show_conversion(conversion: Conversion, console: Console) -> None:
@@ -162,7 +163,7 @@ def show_formats(rows: list[FormatRow], console: Console) -> None:
         )
         for row in rows
     }
-    if console.width < WIDE:
+    if console.width < FORMATS_WIDE:
         for row in rows:
             console.print(f"[bold]{row.id}[/]: {escape(row.title)}")
             facts = Table.grid(padding=(0, 2))

@@ -57,7 +57,8 @@ class CompressedTensorsFormat(PackedFormat):
         """No act-order, a group size that divides in_features, and whole words where there is one group a row."""
         if scheme.desc_act:
             raise UnsupportedSchemeError(
-                f"{self.id} has no act-order any more (compressed-tensors 0.19, vLLM 0.33); use --to gptq_v2 or native"
+                f"desc_act is set, and readers of {self.id} dropped act-order (compressed-tensors 0.19, vLLM 0.33); "
+                "use --to gptq_v2 or native"
             )
         if scheme.group_size == -1 and in_features * scheme.bits % _WORD_BITS:
             raise UnsupportedSchemeError(
@@ -93,13 +94,16 @@ class CompressedTensorsFormat(PackedFormat):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         out_features, in_features = self.features(shapes, scheme)
         _check_shape(tensors.get("weight_shape"), out_features, in_features)
-        zeros = _zeros(tensors.get("weight_zero_point"), scheme, out_features, scheme.groups(in_features))
+        packed = tensors["weight_packed"]
+        used = _bits_a_word(packed, in_features, scheme.bits)
+        groups = scheme.groups(in_features)
+        zeros = _zeros(tensors.get("weight_zero_point"), scheme, out_features, groups, used)
         g_idx = _act_order(tensors.get("weight_g_idx"), scheme, in_features)
         symmetric = bool((zeros == 2 ** (scheme.bits - 1)).all())
         found = QuantScheme(scheme.bits, scheme.group_size, sym=symmetric, desc_act=g_idx is not None)
         try:
             return PackedLinear(
-                _stream(tensors["weight_packed"].T, in_features, scheme.bits, "weight_packed").contiguous(),
+                _stream(packed.T, in_features, scheme.bits, used, "weight_packed").contiguous(),
                 tensors["weight_scale"],
                 zeros,
                 found,
@@ -172,26 +176,34 @@ def _check_shape(stored: Tensor | None, out_features: int, in_features: int) -> 
         )
 
 
-def _stream(words: Tensor, count: int, bits: int, name: str) -> Tensor:
-    """Packed words ``[words, ...]`` as the dense stream of ``count`` values.
+def _bits_a_word(words: Tensor, count: int, bits: int) -> int:
+    """Bits of the stream in each word, from the length of a packed row of ``count`` values ``[out, words]``.
 
-    Until version 0.17 each word held ``32 // bits`` values, which differs at 3, 5, 6 and 7 bits.
+    Until version 0.17 a word held ``32 // bits`` values, which differs at 3, 5, 6 and 7 bits. Rows of a multiple of 32
+    values always tell; some shorter ones take as many words either way and are read as what is written today.
     """
-    per_word = _WORD_BITS // bits
-    for used in (_WORD_BITS, per_word * bits):
-        if words.dtype == torch.int32 and words.shape[0] == -(-count * bits // used):
-            return restream(words, count * bits, used, _WORD_BITS)
-    lengths = {packed_length(count, bits), packed_length(count, bits, per_word=per_word)}
+    for used in (_WORD_BITS, _WORD_BITS // bits * bits):
+        if words.shape[1] == -(-count * bits // used):
+            return used
     raise CheckpointError(
-        f"{name} has {words.shape[0]} {_name(words.dtype)} words for {count} values of {bits} bits; "
-        f"expected {' or '.join(str(length) for length in sorted(lengths))} int32 words"
+        f"weight_packed has rows of {words.shape[1]} words; {count} values of {bits} bits take "
+        f"{packed_length(count, bits)}"
     )
 
 
-def _zeros(stored: Tensor | None, scheme: QuantScheme, out_features: int, groups: int) -> Tensor:
+def _stream(words: Tensor, count: int, bits: int, used: int, name: str) -> Tensor:
+    """Packed words ``[words, ...]`` of ``count`` values as a dense stream."""
+    try:
+        return restream(words, count * bits, used, _WORD_BITS)
+    except ValueError as exc:
+        raise CheckpointError(f"{name}: {exc}") from exc
+
+
+def _zeros(stored: Tensor | None, scheme: QuantScheme, out_features: int, groups: int, used: int) -> Tensor:
     """Zero-points ``[out, groups]`` int32, 0..maxq.
 
-    Symmetric layers have none. They are packed along out_features; before version 0.9 they were plain signed bytes.
+    Symmetric layers have none. They are packed along out_features, ``used`` bits a word; before version 0.9 they were
+    plain signed bytes.
     """
     middle = 2 ** (scheme.bits - 1)
     if stored is None:
@@ -203,7 +215,7 @@ def _zeros(stored: Tensor | None, scheme: QuantScheme, out_features: int, groups
     if stored.dtype == torch.int8 and stored.shape[0] == out_features:
         zeros = stored.to(torch.int32) + middle
     else:
-        stream = _stream(stored, out_features, scheme.bits, "weight_zero_point")
+        stream = _stream(stored, out_features, scheme.bits, used, "weight_zero_point")
         zeros = unpack_bits(stream, scheme.bits, out_features, axis=0).to(torch.int32)
     if scheme.sym and not bool((zeros == middle).all()):
         raise CheckpointError("weight_zero_point moves zero-points although the configuration says symmetric: true")
