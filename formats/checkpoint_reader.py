@@ -19,12 +19,14 @@ from torch import Tensor
 from .errors import CheckpointError
 from .safetensors_header import TensorInfo, read_header
 
-__all__ = ["INDEX_NAME", "QUANTIZATION_FILES", "SINGLE_NAME", "CheckpointReader", "read_json"]
+__all__ = ["CONFIG_KEYS", "INDEX_NAME", "QUANTIZATION_FILES", "SINGLE_NAME", "CheckpointReader", "read_json"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # gptqmodel's order (gptqmodel/quantization/config.py, QUANT_CONFIG_FILENAME_COMPAT); config.json comes last.
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+# Inside config.json; the second is what compressed-tensors wrote in 2024, and vLLM still reads.
+CONFIG_KEYS = ("quantization_config", "compression_config")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -103,7 +105,7 @@ class CheckpointReader:
             path = self.folder / name
             if path.exists():
                 return read_json(path)
-        inside = self.config.get("quantization_config") or {}
+        inside = next((self.config[key] for key in CONFIG_KEYS if self.config.get(key)), {})
         if not isinstance(inside, dict):
             raise CheckpointError(f"{self.folder / 'config.json'}: quantization_config is not an object")
         return inside

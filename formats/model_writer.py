@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base import NO_OVERRIDES, Format, PackedFormat
 from .checkpoint import CheckpointWriter
+from .checkpoint_reader import CONFIG_KEYS
 from .container import ModelWriter
 from .errors import UnsupportedSchemeError
 from .model import Checkpoint
@@ -119,7 +120,7 @@ def write_model_config(
 
     Every field of ``source_config`` is kept but quantization_config, and the dtype where the format has to name one.
     """
-    config = {key: value for key, value in source_config.items() if key != "quantization_config"}
+    config = {key: value for key, value in source_config.items() if key not in CONFIG_KEYS}
     dtype = fmt.model_dtype()
     if dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

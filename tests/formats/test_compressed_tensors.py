@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from formats.base import Exactness
 from formats.compressed_tensors_config import config_groups, group_for
 from formats.errors import CheckpointError, UnsupportedSchemeError
 from formats.model import open_checkpoint
+from formats.model_writer import create_model, write_layer
 
 GOLDEN = Path(__file__).parent / "golden" / "compressed-tensors"
 FORMAT = get_format("compressed-tensors")
@@ -183,6 +185,22 @@ class TestCheckpointOfThreeGroups:
             written = json.loads(json.dumps(written))
             for name in checkpoint.layer_names:
                 assert FORMAT.layer_scheme(written, name, {}) == checkpoint.layer_scheme(name)
+
+
+def test_the_configurations_key_of_2024_is_read_and_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(GOLDEN / "mixed", folder)
+    given = json.loads((folder / "config.json").read_text())
+    given["compression_config"] = given.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(given))
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.scheme == QuantScheme(3, 16)
+        with create_model(FORMAT, tmp_path / "new", checkpoint) as writer:
+            for name in checkpoint.layer_names:
+                write_layer(writer, FORMAT, name, checkpoint.layer(name))
+            writer.finish()
+    written = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert "compression_config" not in written and "quantization_config" in written
 
 
 def config(groups: dict, **fields: object) -> dict:
