@@ -105,7 +105,7 @@ class CheckpointReader:
             path = self.folder / name
             if path.exists():
                 return read_json(path)
-        inside = next((self.config[key] for key in CONFIG_KEYS if self.config.get(key)), {})
+        inside: Any = next((self.config[key] for key in CONFIG_KEYS if self.config.get(key)), {})
         if not isinstance(inside, dict):
             raise CheckpointError(f"{self.folder / 'config.json'}: quantization_config is not an object")
         return inside

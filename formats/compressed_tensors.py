@@ -151,8 +151,8 @@ class CompressedTensorsFormat(PackedFormat):
         return group_for(config_groups(config), config.get("ignore") or (), name).scheme
 
     def detect(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
-        """quant_method compressed-tensors beside packed weights."""
-        return config.get("quant_method") == METHOD and any(name.endswith(f".{self.marker}") for name in names)
+        """quant_method compressed-tensors; what else the library stores is refused by name on opening."""
+        return config.get("quant_method") == METHOD
 
     def model_dtype(self) -> torch.dtype:
         """The dtype of scales: readers dequantize in it, and then cast to the model's."""

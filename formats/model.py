@@ -68,6 +68,9 @@ class Checkpoint:
             locals_ = ((layer, f"{layer}.{local}") for layer in self.layer_names for local in fmt.local_names)
             self._owned = {full: layer for layer, full in locals_ if full in reader.tensors}
             if not self.layer_names:
+                if reader.quantization_config:
+                    self.format, self.config = fmt, reader.quantization_config
+                    _ = self.scheme  # the configuration may tell why
                 raise CheckpointError(f"{reader.folder} has no {fmt.id} layer: no tensor is named *{suffix}")
             self.config = reader.quantization_config or self._infer(fmt)
             self.format = fmt.configured(self.config)

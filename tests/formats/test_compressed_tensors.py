@@ -203,6 +203,20 @@ def test_the_configurations_key_of_2024_is_read_and_replaced(tmp_path: Path) -> 
     assert "compression_config" not in written and "quantization_config" in written
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "float-quantized"}, "has format 'float-quantized'; only pack-quantized is read; make a full-prec"),
+        ({}, r"has no compressed-tensors layer: no tensor is named \*\.weight_packed"),
+    ],
+)
+def test_folders_of_other_formats_are_refused_with_the_way_out(make_folder, change: dict, message: str) -> None:
+    groups = {"g": {"targets": ["Linear"], "weights": weights()}}
+    folder = make_folder({"a.weight": torch.ones(4, 4)}, {"quantization_config": config(groups) | change})
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
 def config(groups: dict, **fields: object) -> dict:
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, **fields}
 
