@@ -20,6 +20,7 @@ RUNTIMES = MappingProxyType(
     {
         "gptqmodel": "eqat_export.runtimes.gptqmodel:GptqmodelRuntime",
         "bitblas": "eqat_export.runtimes.bitblas:BitblasRuntime",
+        "humming": "eqat_export.runtimes.humming:HummingRuntime",
         "transformers": "eqat_export.runtimes.transformers:TransformersRuntime",
     }
 )
