@@ -25,7 +25,7 @@ from .checkpoint_reader import INDEX_NAME, QUANTIZATION_FILES, SINGLE_NAME
 from .errors import CheckpointError, InputError, OutputExistsError
 from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES, build_header
 
-__all__ = ["TRAINING_FILES", "CheckpointWriter"]
+__all__ = ["TRAINING_FILES", "CheckpointWriter", "writing"]
 
 HEADER_BYTES = 256 * 1024  # room for about 2000 tensors a shard
 MAX_SLACK = 0.01  # share of a shard that reserved header space may waste
@@ -82,7 +82,7 @@ class CheckpointWriter:
         if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, which safetensors does not hold")
         data = tensor.detach().cpu().contiguous()
-        with _writing(self.folder):
+        with writing(self.folder):
             if self._shard is not None and not self._shard.takes(name, data, self._shard_size):
                 self._finish_shard()
             if self._shard is None:
@@ -99,7 +99,7 @@ class CheckpointWriter:
     def write_json(self, filename: str, value: Any) -> None:
         """Writes a JSON file beside the weights, replacing one of the same name."""
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        with _writing(self.folder):
+        with writing(self.folder):
             (self.working_folder / filename).write_text(text, encoding="utf-8")
 
     def copy_companions(self, source_folder: Path | str, exclude: Collection[str] = ()) -> None:
@@ -112,7 +112,7 @@ class CheckpointWriter:
             CheckpointError: a file cannot be read or written; the text names which.
         """
         skipped = {*_NEVER_COPIED, *exclude}
-        with _writing(self.folder):
+        with writing(self.folder):
             for path in sorted(Path(source_folder).iterdir()):
                 target = self.working_folder / path.name
                 if path.name in skipped or target.exists():
@@ -125,7 +125,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         self._new_parents = [parent for parent in self.folder.parents if not parent.exists()]
-        with _writing(self.folder):
+        with writing(self.folder):
             self.working_folder.mkdir(parents=True)
         return self
 
@@ -134,7 +134,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             if kind is None:
-                with _writing(self.folder):
+                with writing(self.folder):
                     self._publish()
         finally:
             if self._shard is not None:
@@ -267,7 +267,7 @@ def _is_companion(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Turns the operating system's refusals into one line that names the output."""
     try:
         yield

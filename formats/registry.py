@@ -23,6 +23,7 @@ _BUILTIN = {
     "gptq_v2": "formats.gptq:GptqV2Format",
     "bitblas": "formats.bitblas:BitblasFormat",
     "compressed-tensors": "formats.compressed_tensors:CompressedTensorsFormat",
+    "onnx": "formats.onnx:OnnxFormat",
     "dense": "formats.dense:DenseFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"

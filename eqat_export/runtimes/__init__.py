@@ -21,6 +21,7 @@ RUNTIMES = MappingProxyType(
         "gptqmodel": "eqat_export.runtimes.gptqmodel:GptqmodelRuntime",
         "bitblas": "eqat_export.runtimes.bitblas:BitblasRuntime",
         "humming": "eqat_export.runtimes.humming:HummingRuntime",
+        "onnxruntime": "eqat_export.runtimes.onnxruntime:OnnxruntimeRuntime",
         "transformers": "eqat_export.runtimes.transformers:TransformersRuntime",
     }
 )

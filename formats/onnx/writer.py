@@ -1,0 +1,146 @@
+"""Writing the folder: tensors appended to external data as they come, the graph last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..checkpoint_reader import read_json
+from ..checkpoint_writer import CheckpointWriter, writing
+from ..container import ModelWriter
+from ..errors import CheckpointError
+from ..model import Checkpoint
+from ..model_writer import write_model_config
+from .decoder import read_decoder, rotary_caches
+from .extra import require_onnx
+from .genai import GENAI_NAME, genai_config
+from .graph import ONNX_TYPES, ROTARY_NAMES, NBits, Stored, build_graph
+from .layout import GRAPH_NAME, OnnxFormat, block_size
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["OnnxWriter"]
+
+ALIGNMENT = 4096  # onnxruntime maps external data, which begins on pages
+
+
+class OnnxWriter(ModelWriter):
+    """A folder with ``model.onnx``, its external data, configurations and tokenizer.
+
+    Memory is that of the largest tensor: bytes go to disk as they arrive, and the graph holds none of them.
+
+    Raises:
+        MissingExtraError: the package onnx is not installed.
+        OutputExistsError: ``out`` exists and is not to be replaced.
+        UnsupportedSchemeError: the graph has no place for this model.
+    """
+
+    def __init__(self, fmt: OnnxFormat, out: Path, source: Checkpoint, *, shard_size: int, force: bool) -> None:
+        require_onnx("writing an ONNX model")
+        self._format = fmt
+        self._source = source
+        self._decoder = read_decoder(source.reader.config)
+        self._layers = {name: self._attributes(name) for name in source.layer_names}
+        self._stored: dict[str, Stored] = {}
+        self._graph(self._expected())
+        self._writer = CheckpointWriter(out, shard_size=shard_size, force=force)
+        self._shard_size = shard_size
+        self._file: BinaryIO | None = None
+        self._files = 0
+
+    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """See ModelWriter."""
+        for local, tensor in tensors.items():
+            self.add(f"{name}.{local}", tensor)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """See ModelWriter.
+
+        Raises:
+            CheckpointError: the name was added before, ONNX has no such dtype, or the disk is full.
+        """
+        if name in self._stored:
+            raise CheckpointError(f"tensor {name!r} is added twice to {self._writer.folder}")
+        if tensor.dtype not in ONNX_TYPES:
+            raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, which the ONNX writer does not hold")
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        with writing(self._writer.folder):
+            file = self._file_for(data.nbytes)
+            offset = file.tell() + -file.tell() % ALIGNMENT
+            file.write(b"\0" * (offset - file.tell()))
+            if data.numel():
+                file.write(data.view(torch.uint8).numpy().data)
+        self._stored[name] = Stored(tensor.dtype, tuple(tensor.shape), Path(file.name).name, offset, data.nbytes)
+
+    def finish(self) -> None:
+        """The graph, config.json, genai_config.json, and the source's tokenizer and other companions."""
+        for name, cache in zip(ROTARY_NAMES, rotary_caches(self._decoder), strict=True):
+            self.add(name, cache.to(self._format.scale_dtype))
+        source, folder = self._source, self._source.reader.folder
+        graph = self._graph(self._stored).SerializeToString(deterministic=True)
+        with writing(self._writer.folder):
+            self._close()
+            (self._writer.working_folder / GRAPH_NAME).write_bytes(graph)
+        if source.scheme is not None:
+            write_model_config(
+                self._writer,
+                source.reader.config,
+                self._format,
+                source.scheme,
+                source.ignore,
+                overrides=source.overrides,
+            )
+        path = folder / "generation_config.json"
+        generation = read_json(path) if path.exists() else {}
+        self._writer.write_json(GENAI_NAME, genai_config(self._decoder, GRAPH_NAME, source.reader.config, generation))
+        if folder.is_dir():
+            self._writer.copy_companions(folder)
+
+    def __enter__(self) -> OnnxWriter:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        self._writer.__exit__(kind, error, trace)
+
+    def _attributes(self, name: str) -> NBits:
+        scheme = self._source.layer_scheme(name)
+        rows, columns = self._source.layer_features(name)
+        return NBits(self._format.stored_bits(scheme.bits), block_size(scheme, columns), rows, columns)
+
+    def _expected(self) -> dict[str, Stored]:
+        """Every tensor to come, without its place."""
+        source = self._source
+        names = {name: source.reader.tensors[name] for name in source.passthrough_names}
+        expected = {name: Stored(info.dtype, info.shape, "", 0, 0) for name, info in names.items()}
+        for layer in source.layer_names:
+            locals_ = ["B", "scales", "zero_points", *(["bias"] if "bias" in source.layer_shapes(layer) else [])]
+            expected |= {f"{layer}.{local}": Stored(torch.uint8, (), "", 0, 0) for local in locals_}
+        return expected | {name: Stored(self._format.scale_dtype, (), "", 0, 0) for name in ROTARY_NAMES}
+
+    def _graph(self, tensors: Mapping[str, Stored]) -> onnx.ModelProto:
+        fmt = self._format
+        return build_graph(self._decoder, tensors, self._layers, fmt.scale_dtype, fmt.accuracy_level)
+
+    def _file_for(self, nbytes: int) -> BinaryIO:
+        if self._file is not None and self._file.tell() + nbytes > self._shard_size:
+            self._close()
+        if self._file is None:
+            suffix = f".{self._files}" if self._files else ""
+            self._file = (self._writer.working_folder / f"{GRAPH_NAME}.data{suffix}").open("wb")
+            self._files += 1
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
