@@ -1,11 +1,11 @@
 """The tensors of one ``com.microsoft.MatMulNBits`` node.
 
-| tensor      | shape                                 | content                                                  |
-|-------------|---------------------------------------|----------------------------------------------------------|
-| B           | uint8 ``[out, blocks, block*bits/8]`` | codes along in_features, low bits first                  |
-| scales      | float ``[out, blocks]``               | of the graph's dtype                                     |
-| zero_points | uint8 ``[out, ceil(blocks*bits/8)]``  | zeros along the blocks, low bits first, whole bytes a row |
-| bias        | float ``[out]``                       | optional, as it was                                      |
+| tensor      | shape                                 | content                                           |
+|-------------|---------------------------------------|---------------------------------------------------|
+| B           | uint8 ``[out, blocks, block*bits/8]`` | codes along in_features, low bits first           |
+| scales      | float ``[out, blocks]``               | in the graph's dtype                              |
+| zero_points | uint8 ``[out, ceil(blocks*bits/8)]``  | zeros along the blocks, whole bytes a row         |
+| bias        | float ``[out]``                       | optional, as it was                               |
 
 A block is a group, or an equal part of one with the same scale and zero: onnxruntime takes powers of two from 16, and
 its CPU kernels at most 256.

@@ -46,10 +46,8 @@ class OnnxReader:
         graph = load_graph(folder)
         self._stored = stored_tensors(graph, folder)
         for node in graph.graph.node:
-            if node.op_type == "MatMulNBits" and node.input[1] != f"{node.name}.B":
-                raise CheckpointError(
-                    f"{folder / GRAPH_NAME}: {node.name} multiplies with {node.input[1]!r}; not eqat's"
-                )
+            if node.op_type == "MatMulNBits":
+                _check_node(node, folder)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {
                 name: TensorInfo(tensor.dtype, tensor.shape, tensor.nbytes, tensor.file)
