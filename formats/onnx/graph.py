@@ -25,7 +25,7 @@ from .decoder import Decoder
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OWN_PREFIX", "ROTARY_NAMES", "NBits", "Stored", "build_graph"]
+__all__ = ["IR_VERSION", "ONNX_TYPES", "OPSET", "OWN_PREFIX", "ROTARY_NAMES", "NBits", "Stored", "build_graph"]
 
 OWN_PREFIX = "/"
 ROTARY_NAMES = ("/rotary/cos", "/rotary/sin")

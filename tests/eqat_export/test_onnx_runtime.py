@@ -91,8 +91,7 @@ def load_from(folder: Path) -> Any:
 
     class Misreading(type(get_runtime("onnxruntime"))):  # type: ignore[misc]
         def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
-            with open_checkpoint(folder) as other:
-                return super().load(other, device)
+            return super().load(open_checkpoint(folder), device)
 
     return Misreading()
 
