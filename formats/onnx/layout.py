@@ -98,14 +98,14 @@ class OnnxFormat(PackedFormat):
             raise UnsupportedSchemeError(
                 "onnx has no act-order (desc_act): g_idx is deprecated in onnxruntime; use --to gptq"
             )
+        if scheme.group_size != -1 and scheme.group_size % _SMALLEST_BLOCK:
+            raise UnsupportedSchemeError(
+                f"group_size is {scheme.group_size}; onnx takes multiples of {_SMALLEST_BLOCK}; use --to native"
+            )
         if in_features % _SMALLEST_BLOCK:
             raise UnsupportedSchemeError(
                 f"in_features is {in_features}; onnx takes multiples of {_SMALLEST_BLOCK}; "
                 "leave this layer unquantized or use --to native"
-            )
-        if scheme.width(in_features) % _SMALLEST_BLOCK:
-            raise UnsupportedSchemeError(
-                f"group_size is {scheme.group_size}; onnx takes multiples of {_SMALLEST_BLOCK}; use --to native"
             )
 
     def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
