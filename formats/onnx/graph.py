@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, UnsupportedSchemeError
+from ..safetensors_header import TensorInfo
 from ..version import __version__
 from .decoder import Decoder
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["IR_VERSION", "ONNX_TYPES", "OPSET", "OWN_PREFIX", "ROTARY_NAMES", "NBits", "Stored", "build_graph"]
+__all__ = ["IR_VERSION", "ONNX_TYPES", "OPSET", "OWN_PREFIX", "ROTARY_NAMES", "NBits", "build_graph"]
 
 OWN_PREFIX = "/"
 ROTARY_NAMES = ("/rotary/cos", "/rotary/sin")
@@ -47,22 +48,6 @@ _RECOMPUTED = ".rotary_emb.inv_freq"  # in old checkpoints; no reader takes it f
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies.
-
-    Attributes:
-        file: name of the external data file.
-        offset, nbytes: where in it.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class NBits:
     """Attributes of one MatMulNBits."""
 
@@ -74,7 +59,7 @@ class NBits:
 
 def build_graph(
     decoder: Decoder,
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, TensorInfo],
     layers: Mapping[str, NBits],
     dtype: torch.dtype,
     accuracy_level: int,
@@ -106,7 +91,7 @@ def build_graph(
 @dataclass
 class _Graph:
     decoder: Decoder
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorInfo]
     layers: Mapping[str, NBits]
     dtype: torch.dtype
     accuracy_level: int
@@ -275,12 +260,12 @@ class _Graph:
         return inputs, outputs
 
 
-def _initializer(name: str, tensor: Stored) -> onnx.TensorProto:
+def _initializer(name: str, tensor: TensorInfo) -> onnx.TensorProto:
     import onnx  # noqa: PLC0415
 
     proto = onnx.TensorProto(
         name=name, data_type=ONNX_TYPES[tensor.dtype], dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL
     )
-    for key, value in (("location", tensor.file), ("offset", tensor.offset), ("length", tensor.nbytes)):
+    for key, value in (("location", tensor.shard), ("offset", tensor.offset), ("length", tensor.nbytes)):
         proto.external_data.add(key=key, value=str(value))
     return proto

@@ -89,7 +89,7 @@ class OnnxFormat(PackedFormat):
                 f"{scheme.bits} bits do not fit --container-bits {stored}; leave the option out or take 8"
             )
         if stored not in _BITS:
-            fitting = min((bits for bits in _BITS if bits > stored), default=8)
+            fitting = 4 if stored < 4 else 8
             raise UnsupportedSchemeError(
                 f"onnxruntime computes with 2, 4 and 8 bits, not {stored}; --container-bits {fitting} stores the same "
                 "numbers in wider fields, or use --to gptq"

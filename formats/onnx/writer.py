@@ -16,10 +16,11 @@ from ..container import ModelWriter
 from ..errors import CheckpointError
 from ..model import Checkpoint
 from ..model_writer import write_model_config
+from ..safetensors_header import TensorInfo
 from .decoder import read_decoder, rotary_caches
 from .extra import require_onnx
 from .genai import GENAI_NAME, genai_config
-from .graph import ONNX_TYPES, ROTARY_NAMES, NBits, Stored, build_graph
+from .graph import ONNX_TYPES, ROTARY_NAMES, NBits, build_graph
 from .layout import GRAPH_NAME, OnnxFormat, block_size
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class OnnxWriter(ModelWriter):
         self._source = source
         self._decoder = read_decoder(source.reader.config)
         self._layers = {name: self._attributes(name) for name in source.layer_names}
-        self._stored: dict[str, Stored] = {}
+        self._stored: dict[str, TensorInfo] = {}
         self._graph(self._expected())
         self._writer = CheckpointWriter(out, shard_size=shard_size, force=force)
         self._shard_size = shard_size
@@ -76,7 +77,7 @@ class OnnxWriter(ModelWriter):
             file.write(b"\0" * (offset - file.tell()))
             if data.numel():
                 file.write(data.view(torch.uint8).numpy().data)
-        self._stored[name] = Stored(tensor.dtype, tuple(tensor.shape), Path(file.name).name, offset, data.nbytes)
+        self._stored[name] = TensorInfo(tensor.dtype, tuple(tensor.shape), data.nbytes, Path(file.name).name, offset)
 
     def finish(self) -> None:
         """The graph, config.json, genai_config.json, and the source's tokenizer and other companions."""
@@ -117,17 +118,17 @@ class OnnxWriter(ModelWriter):
         rows, columns = self._source.layer_features(name)
         return NBits(self._format.stored_bits(scheme.bits), block_size(scheme, columns), rows, columns)
 
-    def _expected(self) -> dict[str, Stored]:
+    def _expected(self) -> dict[str, TensorInfo]:
         """Every tensor to come, without its place."""
         source = self._source
         names = {name: source.reader.tensors[name] for name in source.passthrough_names}
-        expected = {name: Stored(info.dtype, info.shape, "", 0, 0) for name, info in names.items()}
+        expected = {name: _unplaced(info.dtype, info.shape) for name, info in names.items()}
         for layer in source.layer_names:
             locals_ = ["B", "scales", "zero_points", *(["bias"] if "bias" in source.layer_shapes(layer) else [])]
-            expected |= {f"{layer}.{local}": Stored(torch.uint8, (), "", 0, 0) for local in locals_}
-        return expected | {name: Stored(self._format.scale_dtype, (), "", 0, 0) for name in ROTARY_NAMES}
+            expected |= {f"{layer}.{local}": _unplaced(torch.uint8, ()) for local in locals_}
+        return expected | {name: _unplaced(self._format.scale_dtype, ()) for name in ROTARY_NAMES}
 
-    def _graph(self, tensors: Mapping[str, Stored]) -> onnx.ModelProto:
+    def _graph(self, tensors: Mapping[str, TensorInfo]) -> onnx.ModelProto:
         fmt = self._format
         return build_graph(self._decoder, tensors, self._layers, fmt.scale_dtype, fmt.accuracy_level)
 
@@ -144,3 +145,7 @@ class OnnxWriter(ModelWriter):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _unplaced(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo(dtype, shape, 0, "", 0)
