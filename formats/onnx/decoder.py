@@ -1,6 +1,6 @@
 """What the graph of a decoder takes from ``config.json``, as transformers reads it.
 
-Sources: transformers 5.23, ``models/{llama,mistral,qwen2,qwen3}`` and ``modeling_rope_utils.py``.
+Sources: transformers 5.23, ``models/{llama,mistral,phi3,qwen2,qwen3,smollm3}`` and ``modeling_rope_utils.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ..errors import CheckpointError, UnsupportedSchemeError
 
 __all__ = ["FAMILIES", "Decoder", "read_decoder", "rotary_caches"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+_THETAS = {"smollm3": 2000000.0}  # where configurations do not say
 _ROPES = ("default", "linear", "llama3")
 
 
@@ -31,6 +32,7 @@ class Decoder:
         heads, kv_heads, head_size: of the attention.
         epsilon: of every RMS norm.
         windows: for each layer how many positions it sees, its own included; None for all.
+        rotated: for each layer whether positions enter it.
         head_norms: queries and keys are normalized per head.
         rope: rope_parameters, rope_theta included.
     """
@@ -45,6 +47,7 @@ class Decoder:
     head_size: int
     epsilon: float
     windows: tuple[int | None, ...]
+    rotated: tuple[bool, ...]
     head_norms: bool
     rope: Mapping[str, Any]
 
@@ -81,6 +84,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
         _count(config, "head_dim", 128 if family == "qwen3" else hidden // heads),
         epsilon,
         _windows(config, family, layers),
+        _rotated(config, family, layers),
         family == "qwen3",
         _rope(config),
     )
@@ -111,7 +115,7 @@ def _llama3(frequencies: Tensor, rope: Mapping[str, Any]) -> Tensor:
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling."""
     found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    found.setdefault("rope_theta", config.get("rope_theta", _THETAS.get(str(config.get("model_type")), 10000.0)))
     found.setdefault("rope_type", found.get("type", "default"))
     found.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     kind = found["rope_type"]
@@ -130,13 +134,25 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int |
     window = config.get("sliding_window")
     if family == "llama" or window is None:
         return (None,) * layers
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         return (window,) * layers
     if not config.get("use_sliding_window", False):
         return (None,) * layers
+    kinds = config.get("layer_types")
+    if kinds:
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if family == "smollm3":  # where positions do not enter
+        return tuple(None if rotated else window for rotated in _rotated(config, family, layers))
     first = config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(None if i < first else window for i in range(layers))
+
+
+def _rotated(config: Mapping[str, Any], family: str, layers: int) -> tuple[bool, ...]:
+    if family != "smollm3":
+        return (True,) * layers
+    interval = config.get("no_rope_layer_interval", 4)
+    flags = config.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]  # 1 where positions enter
+    return tuple(map(bool, flags[:layers]))
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -107,10 +107,10 @@ class _Graph:
         self.add("Gather", ["/mask/shape", self.constant("index", 1)], "/mask/total", axis=0)
         self.add("Cast", ["/mask/total"], "/mask/total_length", to=ONNX_TYPES[torch.int32])
         hidden = self.embedding()
-        for i, window in enumerate(self.decoder.windows):
+        for i in range(self.decoder.layers):
             name = f"model.layers.{i}"
             normed = self.norm(f"{name}.input_layernorm", hidden)
-            attended = self.attention(f"{name}.self_attn", i, window, normed)
+            attended = self.attention(f"{name}.self_attn", i, normed)
             hidden = self.add("Add", [hidden, attended], f"/{name}/attended")
             normed = self.norm(f"{name}.post_attention_layernorm", hidden)
             hidden = self.add("Add", [hidden, self.mlp(f"{name}.mlp", normed)], f"/{name}/out")
@@ -122,14 +122,17 @@ class _Graph:
         rows = self.add("Gather", [self.raw(name), "input_ids"], "/model/embed_tokens", axis=0)
         return rows if self.tensors[name].dtype == self.dtype else self.cast(rows, "/model/embedded")
 
-    def attention(self, name: str, i: int, window: int | None, hidden: str) -> str:
-        decoder = self.decoder
-        query, key, value = (self.linear(f"{name}.{part}_proj", hidden) for part in "qkv")
+    def attention(self, name: str, i: int, hidden: str) -> str:
+        decoder, window = self.decoder, self.decoder.windows[i]
+        if self.has(f"{name}.qkv_proj"):  # the operator takes all three in one as well
+            query, key, value = self.linear(f"{name}.qkv_proj", hidden), "", ""
+        else:
+            query, key, value = (self.linear(f"{name}.{part}_proj", hidden) for part in "qkv")
         if decoder.head_norms:
             query = self.head_norm(f"{name}.q_norm", query, decoder.heads)
             key = self.head_norm(f"{name}.k_norm", key, decoder.kv_heads)
         past = [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
-        rotary = [self.raw(part) for part in ROTARY_NAMES]
+        rotary = [self.raw(part) for part in ROTARY_NAMES] if decoder.rotated[i] else []
         attended = self.add(
             "GroupQueryAttention",
             [query, key, value, *past, "/mask/last_positions", "/mask/total_length", *rotary],
@@ -139,13 +142,18 @@ class _Graph:
             domain=_CONTRIB,
             num_heads=decoder.heads,
             kv_num_heads=decoder.kv_heads,
-            do_rotary=1,
+            do_rotary=int(decoder.rotated[i]),
             local_window_size=-1 if window is None else window,
         )
         return self.linear(f"{name}.o_proj", attended)
 
     def mlp(self, name: str, hidden: str) -> str:
-        gate, up = (self.linear(f"{name}.{part}_proj", hidden) for part in ("gate", "up"))
+        if self.has(f"{name}.gate_up_proj"):
+            both = self.linear(f"{name}.gate_up_proj", hidden)
+            gate, up = f"/{name}/gate", f"/{name}/up"
+            self.add("Split", [both], gate, up, axis=-1, num_outputs=2)
+        else:
+            gate, up = (self.linear(f"{name}.{part}_proj", hidden) for part in ("gate", "up"))
         sigmoid = self.add("Sigmoid", [gate], f"/{name}/sigmoid")
         silu = self.add("Mul", [gate, sigmoid], f"/{name}/silu")
         return self.linear(f"{name}.down_proj", self.add("Mul", [silu, up], f"/{name}/gated"))

@@ -229,7 +229,7 @@ def test_configurations_of_older_transformers_are_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma2"}, "model_type 'gemma2'; it has llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2'; it has llama, mistral, phi3, qwen2, qwen3, smollm3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
@@ -269,6 +269,14 @@ WINDOWED = {"sliding_window": 8, "use_sliding_window": True}
 )
 def test_sliding_windows_are_where_transformers_has_them(family, change, windows) -> None:
     assert read_decoder({**tiny_config(family).to_dict(), **change}).windows == windows
+
+
+def test_smollm3_has_layers_without_positions() -> None:
+    config = tiny_config("smollm3").to_dict()
+    assert read_decoder(config).rotated == (True, False)
+    windowed = {**config, **WINDOWED, "layer_types": None, "no_rope_layers": None, "no_rope_layer_interval": 2}
+    assert read_decoder(windowed).rotated == (True, False)
+    assert read_decoder(windowed).windows == (None, 8)
 
 
 @pytest.fixture(scope="module")
