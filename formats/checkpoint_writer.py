@@ -37,7 +37,8 @@ _COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _COMPANION_FOLDERS = ("additional_chat_templates",)
 # What eqat train leaves beside its checkpoint tells about that run, not about a conversion of its result.
 TRAINING_FILES = ("eqat_config.yaml", "train.log", "training_report.json")
-_NEVER_COPIED = {"config.json", *QUANTIZATION_FILES, *TRAINING_FILES}
+# genai_config.json tells onnxruntime-genai about a graph beside it.
+_NEVER_COPIED = {"config.json", "genai_config.json", *QUANTIZATION_FILES, *TRAINING_FILES}
 
 
 class CheckpointWriter:
@@ -105,8 +106,8 @@ class CheckpointWriter:
     def copy_companions(self, source_folder: Path | str, exclude: Collection[str] = ()) -> None:
         """Copies what a loader wants besides weights: tokenizer, generation config, templates, custom code, licence.
 
-        Never copied: weights, their index, ``config.json``, quantization configs, pickles, hidden files,
-        ``TRAINING_FILES``, names in ``exclude``, and names already written here.
+        Never copied: weights, their index, ``config.json``, ``genai_config.json``, quantization configs, pickles,
+        hidden files, ``TRAINING_FILES``, names in ``exclude``, and names already written here.
 
         Raises:
             CheckpointError: a file cannot be read or written; the text names which.

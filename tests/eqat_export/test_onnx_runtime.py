@@ -84,6 +84,7 @@ def test_the_command_proves_an_export_and_takes_it_further(
     assert json.loads(outcome.out)["runtime"]["ok"] is True
     assert eqat("export", out, "--to", "gptq_v2", "--out", back).code == 0
     assert eqat("verify", back, "--against", source).code == 0
+    assert not (back / "genai_config.json").exists() and (back / "generation_config.json").exists()
 
 
 def load_from(folder: Path) -> Any:
