@@ -11,7 +11,9 @@ Two proofs, on the same loaded checkpoint:
    the runtime's dtype is from a finer one. A correct runtime does the same arithmetic in another order, so its error
    is another draw of the same kind: the root mean square over all logits may be ``RMS_FACTOR`` times ours, the largest
    one ``MAX_FACTOR`` times. A runtime of single layers has no logits; there, outputs for random inputs are compared
-   with float64, and may be ``OUTPUT_FACTOR`` times as far off as exact outputs rounded to the dtype.
+   with float64, and may be ``OUTPUT_FACTOR`` times as far off as exact outputs rounded to the dtype: kernels that split
+the sum over k round each part to it (humming 0.1.19 on 1408 features: 2.6 times), and one that kept whole sums in
+fp16 would be far beyond.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ __all__ = ["RuntimeResult", "check_runtime"]
 
 RMS_FACTOR = 1.5
 MAX_FACTOR = 2.0
-OUTPUT_FACTOR = 2.0
+OUTPUT_FACTOR = 4.0
 RANDOM_ROWS = (1, 16)
 FULL_PROBE = 2**33
 PROBE_ROWS = 4096
@@ -164,6 +166,7 @@ def check_runtime(checkpoint: Checkpoint, runtime: Runtime, ids: Tensor | None =
         try:
             session = runtime.load(checkpoint, device)
             result.dtype = dtype_name(session.dtype)
+            result.device = session.device or result.device
             theirs = session.logits(ids.to(device))
         except REFUSALS as error:
             result.refusal = f"{type(error).__name__}: {error}"

@@ -126,9 +126,13 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         self._new_parents = [parent for parent in self.folder.parents if not parent.exists()]
-        with writing(self.folder):
-            self.working_folder.mkdir(parents=True)
-        return self
+        try:
+            with writing(self.folder):
+                self.working_folder.mkdir(parents=True)
+            return self
+        except BaseException:  # an interrupt that comes before the with block begins would leave the folder behind
+            self._remove()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -140,11 +144,14 @@ class CheckpointWriter:
         finally:
             if self._shard is not None:
                 self._shard.close()
-            shutil.rmtree(self.working_folder, ignore_errors=True)
-            if not self.folder.exists():
-                for parent in self._new_parents:
-                    with contextlib.suppress(OSError):  # someone else may have put something there
-                        parent.rmdir()
+            self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.working_folder, ignore_errors=True)
+        if not self.folder.exists():
+            for parent in self._new_parents:
+                with contextlib.suppress(OSError):  # someone else may have put something there
+                    parent.rmdir()
 
     def _check_output(self) -> None:
         if not os.path.lexists(self.folder):

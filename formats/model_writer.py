@@ -72,8 +72,12 @@ class FolderWriter(ModelWriter):
             self._writer.copy_companions(source.reader.folder)
 
     def __enter__(self) -> FolderWriter:
-        self._writer.__enter__()
-        return self
+        try:
+            self._writer.__enter__()
+            return self
+        except BaseException as error:  # an interrupt that comes before the with block begins
+            self._writer.__exit__(type(error), error, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

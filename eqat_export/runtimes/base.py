@@ -78,9 +78,11 @@ class Session(ABC):
 
     Attributes:
         dtype: in which the engine computes: its weights must equal ``(q - z) * s`` rounded to it.
+        device: where it runs, when that is not the device it was offered.
     """
 
     dtype: torch.dtype = torch.float16
+    device: str = ""
 
     def logits(self, ids: Tensor) -> Tensor | None:
         """Logits ``[batch, length, vocabulary]`` of int64 ids ``[batch, length]``, on CPU; None from single layers."""

@@ -56,6 +56,8 @@ class OnnxruntimeRuntime(Runtime):
 
 
 class _OnnxSession(Session):
+    device = "cpu"
+
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._checkpoint = checkpoint
