@@ -12,7 +12,7 @@ from formats import QuantizedLinear, QuantScheme, available_formats, get_format
 from formats.base import Exactness, Format, FormatOption
 from formats.errors import UnsupportedSchemeError
 
-__all__ = ["FormatRow", "format_rows"]
+__all__ = ["FormatRow", "format_rows", "markdown_table"]
 
 # A shape that every divisibility rule and every group size below accepts.
 PROBE = 256
@@ -53,6 +53,22 @@ def format_rows(name: str | None = None) -> list[FormatRow]:
         UnknownFormatError: the name is not registered.
     """
     return [_row(get_format(format_id)) for format_id in ([name] if name else available_formats())]
+
+
+def markdown_table(rows: list[FormatRow]) -> str:
+    """The table as the README shows it."""
+    lines = ["| id | bits | groups | holds | real reader (`--runtime`) | extra |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [
+            f"`{row.id}`",
+            " ".join(map(str, row.bits)),
+            " ".join(map(str, row.groups)),
+            row.exactness,
+            ", ".join(row.readers),
+            row.extra,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _row(form: Format) -> FormatRow:
