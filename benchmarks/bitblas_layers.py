@@ -8,8 +8,8 @@ Random layers of the reference model's shapes and of 4096 x 4096, as ``--to bitb
 - bitwise: outputs for unit vectors equal ``(q - z) * s`` rounded to fp16, bit for bit.
 - rel err: random fp16 inputs, L2 against float64 with the same fp16 weights; ``x rounding`` divides it by what storing
   exact outputs in fp16 costs.
-- us: median of CUDA graph replays, weights hot in L2, beside torch's fp16 matmul with the dequantized weight. No time is
-  printed for a layer whose weights are not right.
+- us: median of CUDA graph replays, weights hot in L2, beside torch's fp16 matmul with the dequantized weight. No time
+  is printed for a layer whose weights are not right.
 
 Kernels are not tuned; ``list`` is the operator for a list of M that gptqmodel builds, ``fixed`` one for a single M.
 """
