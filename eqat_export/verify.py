@@ -7,18 +7,23 @@ which checks shapes, dtypes and ranges, and the configuration is compared with w
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from eqat_export.findings import Finding, error, failed, note, warning
+from eqat_export.diagnosis.layouts import check_layouts
+from eqat_export.diagnosis.mixtures import check_mixtures
+from eqat_export.diagnosis.structure import check_structure
+from eqat_export.diagnosis.survey import Survey
+from eqat_export.diagnosis.values import ValueChecks
+from eqat_export.findings import Finding, error, note, warning
 from formats.checkpoint_reader import QUANTIZATION_FILES, read_json
 from formats.errors import CheckpointError, InvalidLayerError
 from formats.gptq import GptqV2Format, dynamic_rules
-from formats.gptq_zeros import diagnose_zeros
+from formats.gptq_zeros import ZeroDiagnosis, diagnose_zeros, has_zero_label
 from formats.model import Checkpoint
+from formats.types import QuantizedLinear
 
 __all__ = ["verify_checkpoint"]
 
@@ -26,30 +31,42 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 SHARED_KEYS = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "quant_method")
 
 
-def verify_checkpoint(checkpoint: Checkpoint, step: Callable[[str], None] = lambda name: None) -> list[Finding]:
+def verify_checkpoint(
+    checkpoint: Checkpoint, step: Callable[[str], None] = lambda name: None, survey: Survey | None = None
+) -> list[Finding]:
     """Everything that is wrong, or may be, with a checkpoint that could be opened.
 
     Args:
         checkpoint: any format, full precision included.
         step: called with each layer's name once it is done.
+        survey: filled with what was seen of the layers.
     """
+    survey = Survey() if survey is None else survey
     findings = list(_check_configuration(checkpoint))
     try:
         findings += _check_modules(checkpoint)
     except CheckpointError as exc:
         findings.append(error("configuration", str(exc)))
-    scales: Counter[str] = Counter()
+    findings += check_structure(checkpoint)
+    findings += check_layouts(checkpoint)
+    values = ValueChecks(checkpoint)
     for name in checkpoint.layer_names:
-        findings += _check_layer(checkpoint, name, scales)
+        findings += _check_layer(checkpoint, name, values, survey)
         step(name)
-    if scales["zero"]:
-        findings.append(warning("scales", f"{scales['zero']} groups have a scale of exactly zero: their weights are 0"))
-    if scales["negative"]:
-        findings.append(note("scales", f"{scales['negative']} groups have a negative scale (complemented codes)"))
+    findings += [item for item in values.findings() if item.where != "zeros" or not _has_conventions(checkpoint)]
     findings += _check_passthrough(checkpoint)
-    if isinstance(checkpoint.format, GptqV2Format) and not failed(findings):
-        findings += _check_zero_convention(checkpoint)
+    if _has_conventions(checkpoint) and len(survey.layers) == len(checkpoint.layer_names):
+        survey.zeros = diagnose_zeros(checkpoint)
+        findings += _zero_findings(checkpoint, survey.zeros)
+    findings += check_mixtures(checkpoint, survey)
     return findings
+
+
+def _has_conventions(checkpoint: Checkpoint) -> bool:
+    """True for formats in which a zero may be stored as it is or less one."""
+    if isinstance(checkpoint.format, GptqV2Format):
+        return True
+    return checkpoint.format is not None and checkpoint.format.id == "auto-round" and has_zero_label(checkpoint.config)
 
 
 def _check_configuration(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -106,14 +123,18 @@ def _block(name: str) -> str:
     return ".".join(parts[: numbers[0]]) if numbers else name
 
 
-def _check_layer(checkpoint: Checkpoint, name: str, scales: Counter[str]) -> Iterator[Finding]:
+def _check_layer(checkpoint: Checkpoint, name: str, values: ValueChecks, survey: Survey) -> Iterator[Finding]:
     try:
         layer = checkpoint.layer(name)
     except (CheckpointError, InvalidLayerError) as exc:
         yield error(name, str(exc.__cause__ or exc))  # the cause names no layer: this line does
         return
-    scales["zero"] += int((layer.scales == 0).sum())
-    scales["negative"] += int((layer.scales < 0).sum())
+    survey.see(checkpoint, name, layer)
+    yield from values.see(name, layer)
+    yield from _check_against_model(checkpoint, name, layer)
+
+
+def _check_against_model(checkpoint: Checkpoint, name: str, layer: QuantizedLinear) -> Iterator[Finding]:
     model_wide = checkpoint.scheme
     if model_wide is not None and (layer.scheme.bits, layer.scheme.group_size) != (
         model_wide.bits,
@@ -131,10 +152,9 @@ def _check_passthrough(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield error(name, f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite")
 
 
-def _check_zero_convention(checkpoint: Checkpoint) -> Iterator[Finding]:
-    diagnosis = diagnose_zeros(checkpoint)
+def _zero_findings(checkpoint: Checkpoint, diagnosis: ZeroDiagnosis) -> Iterator[Finding]:
     text = "; ".join((diagnosis.verdict, *diagnosis.evidence))
-    read_as = checkpoint.format.id if checkpoint.format else None
+    read_as = checkpoint.format.id if isinstance(checkpoint.format, GptqV2Format) else diagnosis.label
     if diagnosis.follows is not None and read_as not in (diagnosis.label, diagnosis.follows):
         yield error("qzeros", f"read as {read_as} by --from, against the label and the values: {text}")
     elif diagnosis.contradicted:

@@ -129,7 +129,10 @@ class CheckpointReader:
             headers[shard] = read_header(self.folder / shard)
         for name, shard in weight_map.items():
             if name not in headers[shard]:
-                raise CheckpointError(f"{index}: tensor {name!r} is not in {shard}; index and shards do not belong")
+                holder = next((f"{other} has it" for other, held in headers.items() if name in held), "no shard has it")
+                raise CheckpointError(
+                    f"{index}: tensor {name!r} is not in {shard}, {holder}; index and shards do not belong together"
+                )
         return {name: headers[shard][name] for name, shard in weight_map.items()}
 
     def _single_file(self) -> Path:
