@@ -14,7 +14,7 @@ import torch
 
 from eqat_export.diagnosis.layouts import check_layouts
 from eqat_export.diagnosis.mixtures import check_mixtures
-from eqat_export.diagnosis.structure import check_structure
+from eqat_export.diagnosis.structure import check_structure, has_tokenizer
 from eqat_export.diagnosis.survey import Survey
 from eqat_export.diagnosis.values import ValueChecks
 from eqat_export.findings import Finding, error, note, warning
@@ -27,7 +27,6 @@ from formats.types import QuantizedLinear
 
 __all__ = ["verify_checkpoint"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json", "vocab.txt")
 SHARED_KEYS = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "quant_method")
 
 
@@ -71,7 +70,7 @@ def _has_conventions(checkpoint: Checkpoint) -> bool:
 
 def _check_configuration(checkpoint: Checkpoint) -> Iterator[Finding]:
     folder = checkpoint.reader.folder
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(checkpoint):
         yield warning(str(folder), "no tokenizer; gptqmodel and generation need one")
     configurations: dict[str, dict[str, Any]] = {}
     for name in QUANTIZATION_FILES:

@@ -50,6 +50,7 @@ class ZeroDiagnosis:
         producers: tool -> version from ``meta.quantizer``.
         histogram: how often each stored field value occurs.
         offset: median over groups of (mean code - stored field), None when too few groups were seen.
+        symmetric: the convention under which every field is the middle of the range, None when there is none.
         wrapped: fields that hold maxq under v1, where ``z = 0`` wrapped.
         by_file: weight file -> what its values say, for the files that tell.
         evidence: one sentence for each observation.
@@ -62,6 +63,7 @@ class ZeroDiagnosis:
     producers: dict[str, str]
     histogram: tuple[int, ...]
     offset: float | None
+    symmetric: str | None
     wrapped: int
     by_file: dict[str, str]
     evidence: tuple[str, ...]
@@ -138,6 +140,7 @@ def diagnose_zeros(checkpoint: Checkpoint, max_layers: int = 16) -> ZeroDiagnosi
         found,
         tuple(histogram[:used].tolist()),
         summary.median,
+        same,
         wrapped,
         _by_file(offsets, symmetric),
         tuple(evidence),

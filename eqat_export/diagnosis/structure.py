@@ -11,8 +11,9 @@ from formats.checkpoint_reader import CheckpointReader
 from formats.model import Checkpoint
 from formats.safetensors_header import read_header
 
-__all__ = ["check_structure", "stray_files"]
+__all__ = ["check_structure", "has_tokenizer", "stray_files"]
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json", "vocab.txt")
 _BLOCK = re.compile(r"(?P<list>.+?)\.(?P<index>\d+)\.(?P<member>.+)")
 
 
@@ -22,6 +23,12 @@ def check_structure(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _missing_members(checkpoint)
     yield from _missing_blocks(checkpoint)
     yield from _shards(checkpoint)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """True when one stands beside the weights; a model that is one file has it inside."""
+    folder = checkpoint.reader.folder
+    return not folder.is_dir() or any((folder / name).exists() for name in _TOKENIZERS)
 
 
 def stray_files(checkpoint: Checkpoint) -> list[str]:

@@ -21,7 +21,7 @@ class LayerValues:
         scale_dtype: as stored, e.g. ``float16``.
         symmetric: every zero-point is the middle of the range.
         act_order: g_idx reorders the groups.
-        lowest_zero: smallest zero-point.
+        lowest_zero, highest_zero: smallest and largest zero-point.
     """
 
     file: str
@@ -29,6 +29,7 @@ class LayerValues:
     symmetric: bool
     act_order: bool
     lowest_zero: int
+    highest_zero: int
 
 
 @dataclass
@@ -52,4 +53,5 @@ class Survey:
             layer.scheme.sym,
             layer.scheme.desc_act,
             int(layer.zeros.min()),
+            int(layer.zeros.max()),
         )

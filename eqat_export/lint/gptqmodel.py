@@ -1,0 +1,145 @@
+"""gptqmodel 7.6.0."""
+
+from .rules import Engine, Multiple, Rule
+
+_GPTQ = ("gptq", "gptq_v2")
+_LOADER = "models/loader.py"
+_KERNEL = "nn_modules/qlinear/torch.py"
+_METHODS = "quantization/config.py METHOD"
+
+ENGINE = Engine(
+    "gptqmodel",
+    "7.6.0",
+    "gptqmodel 7.6.0 (PyPI), paths below gptqmodel/",
+    reads=("dense", *_GPTQ, "bitblas", "awq"),
+    routes=("gptq_v2", "gptq"),
+    rules=(
+        Rule(
+            "own-layout",
+            ("native",),
+            "refused",
+            "cannot load EfficientQAT's own layout (quant_method {quant_method})",
+            _METHODS,
+        ),
+        Rule(
+            "method",
+            ("compressed-tensors", "auto-round", "mlx"),
+            "refused",
+            "knows no quant_method {quant_method!r}",
+            _METHODS,
+        ),
+        Rule(
+            "gguf",
+            ("gguf",),
+            "refused",
+            "reads GGUF files of Qwen3 models with one type throughout, and no others as they are",
+            "utils/internal_gguf.py inspect_quantized_checkpoint",
+        ),
+        Rule(
+            "tokenizer",
+            (*_GPTQ, "bitblas", "awq"),
+            "refused",
+            "loads the tokenizer with the model, and there is none",
+            f"{_LOADER} from_quantized, load_hf_tokenizer",
+            needs=({"tokenizer": (True,)},),
+        ),
+        Rule(
+            "v1-producer",
+            ("gptq",),
+            "refused",
+            "refuses asymmetric v1 unless meta.quantizer lists a gptqmodel of 0.9.0 or later",
+            f"{_LOADER} from_quantized, is_quantized_by_gptaq",
+            when={"sym": (False,), "zeros_label": ("less one",)},
+            needs=({"gptqmodel_quantizer": (True,)},),
+        ),
+        Rule(
+            "bits",
+            _GPTQ,
+            "refused",
+            "computes 2 to 8 bits, not {bits}",
+            f"{_KERNEL} SUPPORTS_BITS",
+            needs=({"bits": tuple(range(2, 9))},),
+        ),
+        Rule(
+            "group",
+            _GPTQ,
+            "refused",
+            "has a kernel for groups of -1 and the powers of two from 16 to 1024, not {group_size}",
+            f"{_KERNEL} SUPPORTS_GROUP_SIZE",
+            needs=({"group_size": (-1, 16, 32, 64, 128, 256, 512, 1024)},),
+        ),
+        Rule(
+            "zeros",
+            _GPTQ,
+            "misread",
+            "goes by checkpoint_format, which says zeros are {zeros_label}, and they are {zeros}",
+            f"{_LOADER} convert_gptq_v1_to_v2_format",
+            needs=({"zeros_as_labelled": (True,)},),
+        ),
+        Rule(
+            "wrap",
+            _GPTQ,
+            "misread",
+            "adds 1 to whole packed words, and zeros of 0 were wrapped field by field: carries change their neighbours",
+            "utils/model.py convert_gptq_v1_to_v2_format_module",
+            when={"bits": (2, 4, 8), "zeros": ("less one",)},
+            needs=({"wrapped": ("none", "word")},),
+        ),
+        Rule(
+            "cpu",
+            _GPTQ,
+            "cost",
+            "on a CPU name BACKEND.GPTQ_TORCH: gptq_torch_fused computes asymmetric 4 bits wrong",
+            "nn_modules/qlinear/torch_fused.py",
+            when={"bits": (4,)},
+            needs=({"symmetric": (True,)},),
+        ),
+        Rule(
+            "scale-dtype",
+            (*_GPTQ, "awq"),
+            "cost",
+            "keeps scales as float16; these are {scale_dtype}",
+            f"{_KERNEL} register_buffers",
+            needs=({"scale_dtype": ("float16",)},),
+        ),
+        Rule(
+            "bitblas-bits",
+            ("bitblas",),
+            "refused",
+            "runs BitBLAS at 1, 2, 4 and 8 bits, not {bits}",
+            "nn_modules/qlinear/bitblas.py BITBLAS_SUPPORTED_BITS",
+            needs=({"bits": (1, 2, 4, 8)},),
+        ),
+        Rule(
+            "bitblas-shape",
+            ("bitblas",),
+            "refused",
+            "runs BitBLAS where both features are multiples of 16; here {out_features} x {in_features}",
+            "nn_modules/qlinear/bitblas.py SUPPORTS_IN_FEATURES_DIVISIBLE_BY",
+            needs=({"in_features": Multiple(16), "out_features": Multiple(16)},),
+        ),
+        Rule(
+            "bitblas-device",
+            ("bitblas",),
+            "argument",
+            "needs CUDA and the package bitblas for this layout",
+            f"{_LOADER} FORMAT.BITBLAS",
+        ),
+        Rule(
+            "awq-bits",
+            ("awq",),
+            "refused",
+            "takes AWQ at 4 bits, not {bits}",
+            "nn_modules/qlinear/gemm_awq.py SUPPORTS_BITS",
+            needs=({"bits": (4,)},),
+        ),
+        Rule(
+            "awq-zero",
+            ("awq",),
+            "cost",
+            "read a zero-point of 0 as 15 in its ExLlamaV2 kernel up to 5.6.12",
+            "issue 2350, fixed by pull request 2351; quantization/awq/utils/packing_utils.py unpack_reorder_pack",
+            when={"lowest_zero": (0,)},
+        ),
+    ),
+)

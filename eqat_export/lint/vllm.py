@@ -1,0 +1,226 @@
+"""vLLM 0.33.0, with humming-kernels 0.1.19 which it runs 2- and 3-bit layers with.
+
+GPTQ is symmetric 4 and 8 bits here, whatever stands in qzeros: the Marlin path never reads them. The way in for
+everything else is compressed-tensors.
+"""
+
+from .rules import Engine, Multiple, Rule
+
+_LAYERS = "model_executor/layers/quantization"
+_GPTQ = ("gptq", "gptq_v2")
+_GROUPS = (-1, 32, 64, 128)
+_V1 = "auto_round:auto_gptq"
+_HUMMING_BITS = (2, 3, 5, 6, 7)
+
+ENGINE = Engine(
+    "vllm",
+    "0.33.0",
+    "vllm 0.33.0 (PyPI), paths below vllm/",
+    reads=("dense", *_GPTQ, "compressed-tensors", "auto-round", "awq"),
+    routes=("compressed-tensors", "dense"),
+    rules=(
+        Rule(
+            "own-layout",
+            ("native",),
+            "refused",
+            "cannot load EfficientQAT's own layout (quant_method {quant_method})",
+            f"{_LAYERS}/__init__.py QUANTIZATION_METHODS; config/model.py _verify_quantization",
+        ),
+        Rule(
+            "bitblas",
+            ("bitblas",),
+            "refused",
+            "has no BitBLAS loader any more (it went after 0.15) and takes the file for GPTQ",
+            f"{_LAYERS}/__init__.py QUANTIZATION_METHODS",
+        ),
+        Rule(
+            "gguf",
+            ("gguf",),
+            "refused",
+            "reads GGUF only with the plugin vllm-gguf-plugin",
+            f"{_LAYERS}/__init__.py QUANTIZATION_METHODS",
+        ),
+        Rule(
+            "mlx",
+            ("mlx",),
+            "refused",
+            "wants a quant_method in quantization_config, and MLX's has none",
+            "config/model.py _verify_quantization",
+        ),
+        # GPTQ
+        Rule(
+            "gptq-scheme",
+            _GPTQ,
+            "refused",
+            "takes GPTQ with sym true at 4 or 8 bits only; here {bits} bits, sym {sym} (gptq_v2 also loads with "
+            "--quantization humming, which reads raw zeros)",
+            f"{_LAYERS}/auto_gptq.py AutoGPTQConfig.TYPE_MAP",
+            needs=({"bits": (4, 8), "sym": (True,)},),
+        ),
+        Rule(
+            "gptq-zeros",
+            _GPTQ,
+            "misread",
+            "never reads qzeros: every zero-point counts as the middle of the range, and here others are stored",
+            f"{_LAYERS}/auto_gptq.py AutoGPTQLinearMethod.create_weights, zero_points=False",
+            when={"sym": (True,)},
+            needs=({"symmetric": (True,)},),
+        ),
+        Rule(
+            "gptq-desc-act",
+            _GPTQ,
+            "refused",
+            "refuses desc_act with groups",
+            f"{_LAYERS}/utils/gptq_utils.py normalize_and_validate_gptq_desc_act",
+            needs=({"desc_act": (False,)}, {"group_size": (-1,)}),
+        ),
+        Rule(
+            "g-idx",
+            (*_GPTQ, "auto-round"),
+            "misread",
+            "drops g_idx, and here it reorders the groups",
+            f"{_LAYERS}/base_config.py get_checkpoint_weight_mapper",
+            needs=({"act_order": (False,)}, {"group_size": (-1,)}),
+        ),
+        Rule(
+            "gptq-group",
+            _GPTQ,
+            "refused",
+            "takes groups of -1, 32, 64 and 128 in GPTQ, not {group_size}",
+            f"{_LAYERS}/utils/marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES",
+            needs=({"group_size": _GROUPS},),
+        ),
+        Rule(
+            "gptq-fused",
+            _GPTQ,
+            "refused",
+            "matches dynamic rules against fused linears (qkv_proj, gate_up_proj): no part can have a rule of its own",
+            f"{_LAYERS}/utils/gptq_utils.py get_linear_quant_method",
+            needs=({"fused_override": (False,), "fused_alike": (True,)},),
+        ),
+        Rule(
+            "configured",
+            (*_GPTQ, "awq", "auto-round"),
+            "argument",
+            "looks for quantization_config in config.json, and it stands in a file of its own: pass --quantization",
+            "config/model.py _verify_quantization; model_executor/model_loader/weight_utils.py get_quant_config",
+            needs=({"configured": ("config.json",)},),
+        ),
+        # compressed-tensors; the layer's tensors are checked by decoding them
+        Rule(
+            "ct-bits",
+            ("compressed-tensors",),
+            "refused",
+            "takes 2 to 8 bits, not {bits}",
+            f"{_LAYERS}/compressed_tensors/schemes/compressed_tensors_wNa16.py WNA16_ZP_SUPPORTED_TYPES_MAP",
+            needs=({"bits": tuple(range(2, 9))},),
+        ),
+        Rule(
+            "ct-act-order",
+            ("compressed-tensors",),
+            "refused",
+            "refuses actorder group and dynamic",
+            f"{_LAYERS}/compressed_tensors/compressed_tensors.py _quantization_scheme_map_from_config",
+            needs=({"act_order": (False,), "desc_act": (False,)},),
+            routes=("dense",),
+        ),
+        Rule(
+            "ct-fused",
+            ("compressed-tensors",),
+            "refused",
+            "fuses q/k/v and gate/up, whose parts must have one scheme",
+            f"{_LAYERS}/compressed_tensors/utils.py should_ignore_layer, find_matched_target",
+            needs=({"fused_alike": (True,)},),
+            routes=("dense",),
+        ),
+        Rule(
+            "ct-words",
+            ("compressed-tensors",),
+            "refused",
+            "cuts packed zero-points at the seams of fused linears: out_features times bits must be a multiple of 32, "
+            "and here {out_features} x {bits}",
+            "model_executor/parameter.py _adjust_shard_indexes_for_packing; humming/transform.py check_and_pad_tensors",
+            when={"sym": (False,)},
+            needs=({"out_bits": Multiple(32)},),
+            routes=("dense",),
+        ),
+        Rule(
+            "ct-group",
+            ("compressed-tensors",),
+            "refused",
+            "has no kernel for groups of {group_size} at {bits} bits",
+            "model_executor/kernels/linear/__init__.py _POSSIBLE_KERNELS; humming 0.1.19 kernel/humming.py",
+            needs=({"group_size": (-1, 16)}, {"group_size": Multiple(32)}),
+            routes=("dense",),
+        ),
+        Rule(
+            "scale-dtype",
+            (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
+            "cost",
+            "casts scales to the model's dtype, float16 or bfloat16; these are {scale_dtype}",
+            f"{_LAYERS}/compressed_tensors/schemes/compressed_tensors_wNa16.py create_weights, params_dtype",
+            needs=({"scale_dtype": ("float16", "bfloat16")},),
+        ),
+        Rule(
+            "model-dtype",
+            (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
+            "cost",
+            "runs a model of dtype {model_dtype} in bfloat16, which rounds float16 scales: pass --dtype float16",
+            "config/model.py _resolve_auto_dtype",
+            when={"scale_dtype": ("float16",)},
+            needs=({"model_dtype": ("float16",)},),
+        ),
+        # auto-round
+        Rule(
+            "ar-packing",
+            ("auto-round",),
+            "refused",
+            "takes packing_format auto_round:auto_gptq and auto_round:auto_awq, not {packing_format}",
+            f"{_LAYERS}/inc/inc.py SUPPORTED_FORMATS",
+            needs=({"packing_format": (_V1, "auto_round:auto_awq")},),
+        ),
+        Rule(
+            "ar-method",
+            ("auto-round",),
+            "refused",
+            "knows quant_method auto-round, not {quant_method!r}",
+            f"{_LAYERS}/inc/inc.py override_quantization_method",
+            needs=({"quant_method": ("auto-round",)},),
+        ),
+        Rule(
+            "ar-scheme",
+            ("auto-round",),
+            "refused",
+            "takes symmetric layers only at {bits} bits in this packing",
+            f"{_LAYERS}/inc/schemes/inc_wna16_linear.py _build_gptq_method",
+            when={"bits": (4, 8), "packing_format": (_V1,)},
+            needs=({"sym": (True,), "group_size": _GROUPS},),
+        ),
+        Rule(
+            "ar-zeros",
+            ("auto-round",),
+            "misread",
+            "runs {bits} bits with humming, which takes qzeros as they are, and this packing stores zero - 1",
+            "humming 0.1.19 schema/gptq.py _convert_humming; auto-round 0.16.1 inference/backend.py humming_zp",
+            when={"bits": _HUMMING_BITS, "sym": (False,), "packing_format": (_V1,)},
+            needs=({"zeros": ("raw",)},),
+        ),
+        Rule(
+            "ar-symmetric",
+            ("auto-round",),
+            "misread",
+            "never reads qzeros of a symmetric layer, and here they are not the middle of the range",
+            f"{_LAYERS}/auto_gptq.py; humming 0.1.19 schema/gptq.py",
+            when={"sym": (True,)},
+            needs=({"symmetric": (True,)},),
+        ),
+        Rule(
+            "awq-bits",
+            ("awq",),
+            "refused",
+            "takes AWQ at 4 bits, not {bits}",
+            f"{_LAYERS}/auto_awq.py AutoAWQConfig.TYPE_MAP",
+            needs=({"bits": (4,)},),
+        ),
+    ),
+)
