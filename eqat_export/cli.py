@@ -119,6 +119,15 @@ def verify(
         str | None,
         typer.Option("--runtime", metavar="NAME", help="gptqmodel or transformers: compare logits with it."),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="Say whether this engine loads it and reads it right: vllm, sglang, llama.cpp, mlx, transformers, "
+            "gptqmodel or onnxruntime.",
+        ),
+    ] = None,
     source_format: SourceFormat = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -127,7 +136,13 @@ def verify(
     from eqat_export.commands import verify_command  # noqa: PLC0415
 
     good = verify_command(
-        checkpoint, against=against, runtime=runtime, source_format=source_format, as_json=as_json, quiet=quiet
+        checkpoint,
+        against=against,
+        runtime=runtime,
+        engine=engine,
+        source_format=source_format,
+        as_json=as_json,
+        quiet=quiet,
     )
     if not good:
         raise typer.Exit(DIFFERENCE)

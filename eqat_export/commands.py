@@ -12,10 +12,13 @@ from eqat_export import report
 from eqat_export.compare import CheckpointComparison, compare_checkpoints
 from eqat_export.console import mark, progress, remarks, results
 from eqat_export.convert import convert
+from eqat_export.diagnosis.survey import Survey
 from eqat_export.findings import Finding, error, failed, warning
 from eqat_export.format_options import read_options
 from eqat_export.format_table import format_rows
 from eqat_export.inspect import inspect_checkpoint
+from eqat_export.lint import get_engine
+from eqat_export.lint.judge import Verdict, judge
 from eqat_export.runtime_check import RuntimeResult, check_runtime
 from eqat_export.runtimes import get_runtime
 from eqat_export.verify import verify_checkpoint
@@ -77,6 +80,7 @@ def verify_command(
     *,
     against: Path | None,
     runtime: str | None,
+    engine: str | None,
     source_format: str | None,
     as_json: bool,
     quiet: bool,
@@ -89,6 +93,7 @@ def verify_command(
             truth,
             asked=checkpoint is not None,
             runtime=runtime,
+            engine=engine,
             source_format=source_format,
             as_json=as_json,
             quiet=quiet,
@@ -129,6 +134,7 @@ def _verify_one(
     *,
     asked: bool,
     runtime: str | None,
+    engine: str | None,
     source_format: str | None,
     as_json: bool,
     quiet: bool,
@@ -139,6 +145,8 @@ def _verify_one(
     """
     silent = quiet or as_json
     reader = get_runtime(runtime) if runtime else None
+    rules = get_engine(engine) if engine else None
+    survey = Survey()
     comparison: CheckpointComparison | None = None
     outcome: RuntimeResult | None = None
     with open_checkpoint(path, source_format) as checkpoint, ExitStack() as stack:
@@ -148,8 +156,11 @@ def _verify_one(
             reader.check(stored)
         other = stack.enter_context(open_checkpoint(truth)) if truth is not None else None
         with _bar("checking", checkpoint, silent) as step:
-            findings = verify_checkpoint(checkpoint, step)
+            findings = verify_checkpoint(checkpoint, step, survey)
         broken = failed(findings)
+        verdict = judge(rules, checkpoint, survey, findings) if rules is not None else None
+        if verdict is not None:
+            findings += verdict.findings()
         if other is not None and not broken:
             with _bar("comparing", checkpoint, silent) as step:
                 comparison = compare_checkpoints(checkpoint, other, step)
@@ -167,7 +178,8 @@ def _verify_one(
         form = checkpoint.format.id if checkpoint.format else "dense"
     good = not failed(findings) and (comparison is None or all(row.ok for row in comparison.rows))
     if not silent:
-        _show_verification(f"{path}: {form}, {layers} layers, {scheme}", good, findings, comparison, outcome)
+        what = f"{path}: {form}, {layers} layers, {scheme}"
+        _show_verification(what, good, findings, comparison, outcome, verdict)
     return {
         "checkpoint": str(path),
         "ok": good,
@@ -177,6 +189,7 @@ def _verify_one(
         "findings": [vars(finding) for finding in findings],
         "comparison": comparison.as_json() if comparison else None,
         "runtime": outcome.as_json() if outcome else None,
+        "engine": verdict.as_json() if verdict else None,
     }
 
 
@@ -186,6 +199,7 @@ def _show_verification(
     findings: list[Finding],
     comparison: CheckpointComparison | None,
     outcome: RuntimeResult | None,
+    engine: Verdict | None,
 ) -> None:
     console = results()
     proofs = ["sound"]
@@ -195,6 +209,8 @@ def _show_verification(
         proofs.append(f"runs in {outcome.runtime}")
     verdict = ", ".join(proofs) if good else "verification FAILED"
     console.print(f"{mark(good, console)} {report.escape(f'{what}: {verdict}')}", soft_wrap=True)
+    if engine is not None:
+        console.print(f"{mark(engine.good, console)} {report.escape(engine.text)}", soft_wrap=True)
     report.show_findings(findings, console)
     if comparison is not None:
         report.show_comparison(comparison, console)
