@@ -31,9 +31,9 @@ ENGINE = Engine(
         Rule(
             "gptq-as-awq",
             _GPTQ,
-            "misread",
-            "unpacks GPTQ as if it were AWQ, whose codes lie along the other axis and in another order",
-            f"{_UTILS} load_model, _unpack_awq_weights",
+            "refused",
+            "unpacks GPTQ as if it were AWQ, whose codes lie along the other axis, and then finds 0 bits",
+            f"{_UTILS} load_model, _unpack_awq_weights, infer_quant_config",
         ),
         Rule(
             "own-layout",
@@ -54,9 +54,9 @@ ENGINE = Engine(
             "bits",
             ("mlx",),
             "refused",
-            "computes affine layers of 2, 3, 4, 5, 6 and 8 bits, not {bits}",
+            "computes affine layers of 1, 2, 3, 4, 5, 6 and 8 bits, not {bits}",
             "mlx 0.32.4 quantized_matmul",
-            needs=({"bits": (2, 3, 4, 5, 6, 8)},),
+            needs=({"bits": (1, 2, 3, 4, 5, 6, 8)},),
         ),
         Rule(
             "group",

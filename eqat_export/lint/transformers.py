@@ -18,18 +18,10 @@ ENGINE = Engine(
         Rule(
             "own-layout",
             ("native",),
-            "refused",
-            "cannot load EfficientQAT's own layout (quant_method {quant_method})",
-            _QUANTIZERS,
-            needs=({"quant_method": ("none",)},),
-        ),
-        Rule(
-            "no-configuration",
-            ("native",),
             "misread",
-            "takes a checkpoint without quantization_config for full precision and fills missing weights at random",
-            "modeling_utils.py from_pretrained",
-            when={"quant_method": ("none",)},
+            "takes EfficientQAT's own layout (quant_method {quant_method}) for full precision: its weights are missing "
+            "and filled at random, with no more than a warning",
+            "quantizers/auto.py supports_quant_method; modeling_utils.py from_pretrained",
         ),
         Rule(
             "configured",
