@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from eqat_export.findings import Finding, error, warning
-from formats.checkpoint_reader import CheckpointReader
 from formats.model import Checkpoint
 from formats.safetensors_header import read_header
 
 __all__ = ["check_structure", "has_tokenizer", "stray_files"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json", "vocab.txt")
+_SUFFIX = ".safetensors"
 _BLOCK = re.compile(r"(?P<list>.+?)\.(?P<index>\d+)\.(?P<member>.+)")
 
 
@@ -33,11 +33,10 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 def stray_files(checkpoint: Checkpoint) -> list[str]:
     """Safetensors files in the folder that hold none of the checkpoint's tensors."""
-    folder = checkpoint.reader.folder
-    if not isinstance(checkpoint.reader, CheckpointReader):
-        return []
     used = {info.shard for info in checkpoint.reader.tensors.values()}
-    return sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)
+    if not all(name.endswith(_SUFFIX) for name in used):
+        return []
+    return sorted(path.name for path in checkpoint.reader.folder.glob(f"*{_SUFFIX}") if path.name not in used)
 
 
 def _orphans(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -96,8 +95,6 @@ def _missing_blocks(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _shards(checkpoint: Checkpoint) -> Iterator[Finding]:
-    if not isinstance(checkpoint.reader, CheckpointReader):
-        return
     stray = stray_files(checkpoint)
     if stray:
         yield warning(
@@ -109,6 +106,8 @@ def _shards(checkpoint: Checkpoint) -> Iterator[Finding]:
     for name, info in checkpoint.reader.tensors.items():
         by_file[info.shard].add(name)
     for file, named in by_file.items():
+        if not file.endswith(_SUFFIX):
+            continue
         unnamed = sorted(set(read_header(checkpoint.reader.folder / file)) - named)
         if unnamed:
             yield warning(file, f"holds {len(unnamed)} tensors that the index does not name, e.g. {unnamed[0]}")

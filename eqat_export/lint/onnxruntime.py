@@ -10,7 +10,7 @@ ENGINE = Engine(
     "1.32.0",
     "onnxruntime 1.32.0, onnxruntime-genai 0.18.0 (PyPI)",
     reads=("onnx",),
-    routes=("onnx",),
+    routes=("onnx", "onnx --container-bits 4"),
     rules=(
         Rule(
             "gptq",

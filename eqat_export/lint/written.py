@@ -59,7 +59,7 @@ WRITTEN: Mapping[str, Mapping[str, Value]] = {
 }
 
 # Bits that a format holds, where not all that engines are asked about.
-BITS: Mapping[str, tuple[int, ...]] = {"bitblas": (2, 4, 8), "awq": (4,)}
+BITS: Mapping[str, tuple[int, ...]] = {"bitblas": (2, 4, 8), "onnx": (2, 4, 8), "awq": (4,)}
 
 # ggml type -> bits of a layer with any zero-points that it holds exactly.
 _GGML_BITS = {"Q4_0": (2, 3), "Q5_0": (2, 3, 4), "Q8_0": (2, 3, 4, 5, 6, 7)}
@@ -104,6 +104,7 @@ def as_written(facts: Mapping[str, Mapping[str, Value]], route: str) -> dict[str
             **_ALWAYS,
             **WRITTEN[target],
             **({"ggml_type": _ggml_type(layer, options.get("gguf_type"))} if target == "gguf" else {}),
+            **({"bits": int(options["container_bits"])} if "container_bits" in options else {}),
             "format": target,
         }
         for name, layer in facts.items()
