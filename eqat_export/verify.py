@@ -48,11 +48,11 @@ def verify_checkpoint(
         findings.append(error("configuration", str(exc)))
     findings += check_structure(checkpoint)
     findings += check_layouts(checkpoint)
-    values = ValueChecks(checkpoint)
+    values = ValueChecks(checkpoint, one_convention=not _has_conventions(checkpoint))
     for name in checkpoint.layer_names:
         findings += _check_layer(checkpoint, name, values, survey)
         step(name)
-    findings += [item for item in values.findings() if item.where != "zeros" or not _has_conventions(checkpoint)]
+    findings += values.findings()
     findings += _check_passthrough(checkpoint)
     if _has_conventions(checkpoint) and len(survey.layers) == len(checkpoint.layer_names):
         survey.zeros = diagnose_zeros(checkpoint)

@@ -24,7 +24,7 @@ from .packing import unpack_bits
 from .types import QuantScheme
 from .zero_offsets import MIN_GROUPS, GroupOffsets, Offset, group_offsets, summarize
 
-__all__ = ["ZeroDiagnosis", "diagnose_zeros", "has_zero_label", "zero_label"]
+__all__ = ["ZeroDiagnosis", "diagnose_zeros", "has_zero_label", "wraps_by_word", "zero_label"]
 
 _OFFSETS = {0: GptqV2Format.id, 1: GptqV1Format.id}  # of the mean code from the stored field
 _NAMES = {GptqV1Format.id: "v1, z - 1", GptqV2Format.id: "v2, raw z"}
@@ -131,7 +131,7 @@ def diagnose_zeros(checkpoint: Checkpoint, max_layers: int = 16) -> ZeroDiagnosi
         writers = {"eqat": found["eqat"]} if "eqat" in found else found  # we list gptqmodel only for its version check
         evidence.append("written by " + ", ".join(f"{tool} {version}" for tool, version in writers.items()))
     if wrapped:
-        evidence.append(f"{wrapped} fields hold maxq, where z = 0 wrapped: " + _wrap_reading(found))
+        evidence.append(f"{wrapped} fields hold maxq, where z = 0 wrapped: " + _wrap_reading(config))
     used = int(histogram.nonzero().max()) + 1
     return ZeroDiagnosis(
         label,
@@ -185,9 +185,22 @@ def _symmetric_convention(fields: Tensor, scheme: QuantScheme) -> str | None:
     return {middle: GptqV2Format.id, middle - 1: GptqV1Format.id}.get(low) if low == high else None
 
 
-def _wrap_reading(found: dict[str, str]) -> str:
-    if "gptqmodel" in found and "eqat" not in found:
-        return "gptqmodel borrows across the word at 2, 4 and 8 bits, and so it is read"
+def wraps_by_word(config: Mapping[str, Any]) -> bool:
+    """True for producers that let ``z = 0`` borrow from the next field of its word at 2, 4 and 8 bits."""
+    return _borrower(config) is not None
+
+
+def _borrower(config: Mapping[str, Any]) -> str | None:
+    if "auto-round" in str(config.get("quant_method", "")).lower():
+        return "auto-round before its pull request 2273"
+    found = producers(config)
+    return "gptqmodel" if "gptqmodel" in found and "eqat" not in found else None
+
+
+def _wrap_reading(config: Mapping[str, Any]) -> str:
+    borrower = _borrower(config)
+    if borrower is not None:
+        return f"{borrower} borrows across the word at 2, 4 and 8 bits, and so it is read"
     return "read as 0; readers that add 1 to whole words get other zeros in the same word"
 
 

@@ -22,6 +22,7 @@ _HALF = torch.finfo(torch.float16)
 _CAST_TO_HALF = ("gptq", "gptq_v2", "auto-round", "awq", "bitblas")  # their readers keep scales in a 16-bit dtype
 _CLAMPED = 0.35  # share of codes at the end of the range; normal weights leave at most a quarter there
 _OFFSET_LAYERS = 16
+_FEWEST_LEVELS = 7  # maxq from which a group's mean tells one end of the range from the other
 
 
 class ValueChecks:
@@ -29,10 +30,12 @@ class ValueChecks:
 
     Args:
         checkpoint: what is being verified.
+        one_convention: its format stores zeros in one way only, so codes beside them can be held against it.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, one_convention: bool) -> None:
         self._checkpoint = checkpoint
+        self._one_convention = one_convention
         self._form = checkpoint.format
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
@@ -52,7 +55,8 @@ class ValueChecks:
                 "overrun", name, overrun_words(tensors["qzeros"], layer.scheme.bits, layer.out_features, per_word)
             )
         self._see_levels(name, layer)
-        if self._seen % self._step == 0:
+        self._count("wrapped", name, _wrapped_groups(layer))
+        if self._one_convention and self._seen % self._step == 0:
             self._offsets.append(group_offsets(layer))
         low, high = (int(bound) for bound in layer.zeros.aminmax())
         self._constant_zeros |= {low, high}
@@ -78,6 +82,13 @@ class ValueChecks:
                 f"{counts['overrun']} words end in a run of ones, e.g. in {self._first['overrun']}: a zero-point below "
                 "0 was packed without a mask and overwrote its neighbours (EfficientQAT's packer does that); those "
                 "groups are read as they are, and are not what was trained",
+            )
+        if counts["wrapped"]:
+            yield warning(
+                "zeros",
+                f"{counts['wrapped']} groups have the largest zero-point beside codes that lie near 0, e.g. in "
+                f"{self._first['wrapped']}: a zero-point of 0 from which 1 was taken before packing, as gptqmodel's "
+                "issue 2350 had it; those groups are read as they are, far off",
             )
         if counts["clamped"]:
             yield error(
@@ -132,7 +143,7 @@ class ValueChecks:
         self._count("clamped", name, int(float((layer.codes == maxq).float().mean()) > _CLAMPED))
 
     def _offset_findings(self) -> Iterator[Finding]:
-        """Zeros one beside the codes, in formats that have only one convention; GPTQ's are judged with their label."""
+        """Zeros one beside the codes."""
         summary = summarize(self._offsets, constant=len(self._constant_zeros) == 1)
         if not summary.firm or summary.nearest not in (1, -1) or summary.median is None:
             return
@@ -144,6 +155,23 @@ class ValueChecks:
 
     def _form_id(self) -> str:
         return self._form.id if self._form is not None else "dense"
+
+
+def _wrapped_groups(layer: QuantizedLinear) -> int:
+    """Groups whose zero is maxq and whose codes average below a third of it.
+
+    A group with such a zero holds no positive weight, and the codes of small weights are close to the zero.
+    """
+    maxq = layer.scheme.maxq
+    highest = layer.zeros == maxq  # [out, groups]
+    if maxq < _FEWEST_LEVELS or not bool(highest.any()):
+        return 0
+    index = layer.group_index()
+    found = 0
+    for group in highest.any(0).nonzero().flatten().tolist():
+        codes = layer.codes[highest[:, group]][:, index == group].float()
+        found += int((codes.mean(1) < maxq / 3).sum())
+    return found
 
 
 def _group_order(

@@ -34,7 +34,7 @@ from eqat_export.diagnosis.structure import has_tokenizer, stray_files
 from eqat_export.diagnosis.survey import Survey
 from formats.errors import CheckpointError
 from formats.gptq import producers
-from formats.gptq_zeros import has_zero_label, zero_label
+from formats.gptq_zeros import has_zero_label, wraps_by_word, zero_label
 from formats.model import Checkpoint
 from formats.types import QuantScheme
 
@@ -82,15 +82,16 @@ def _model_facts(checkpoint: Checkpoint, survey: Survey) -> dict[str, Value]:
         follows = survey.zeros.follows or survey.zeros.label
         facts["zeros"] = _MEANINGS.get(follows, follows)
         facts["zeros_as_labelled"] = not survey.zeros.contradicted
-        by_word = "gptqmodel" in survey.zeros.producers and "eqat" not in survey.zeros.producers
-        facts["wrapped"] = ("word" if by_word else "field") if survey.zeros.wrapped else "none"
+        facts["wrapped"] = ("word" if wraps_by_word(config) else "field") if survey.zeros.wrapped else "none"
     return facts
 
 
 def _configured_facts(config: Mapping[str, Any]) -> dict[str, Value]:
     facts: dict[str, Value] = {"quant_method": str(config.get("quant_method") or "none").lower()}
-    if "packing_format" in config:
-        facts["packing_format"] = str(config["packing_format"])
+    if "auto-round" in str(facts["quant_method"]):
+        facts["packing_format"] = str(
+            config.get("packing_format") or "auto_round:auto_gptq"
+        )  # as engines take none for
     if has_zero_label(config) and config:
         label = zero_label(config) or "gptq"
         if label in _MEANINGS:

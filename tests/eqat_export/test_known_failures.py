@@ -122,6 +122,24 @@ def test_gptqmodel_2350_zeros_of_0_that_became_maxq(
     assert f"use: eqat export {folder} --to gptq_v2" in judged.out
 
 
+def test_gptqmodel_2350_zeros_of_0_that_became_15_in_a_format_of_raw_zeros(
+    eqat: Callable, golden_root: Path, native: Make, tmp_path: Path, edited: Make
+) -> None:
+    """Weights of one sign have a zero of 0; packed as 15 their groups come out far off."""
+    source = native(bits=4)
+    assert eqat("verify", source).code == 0
+
+    def wrap(tensors: Tensors) -> None:
+        fields = fields_of(tensors, UP, 4)
+        fields[fields == 0] = 15
+        tensors[f"{UP}.qzeros"] = pack_bits(fields, 4, axis=1)
+
+    outcome = eqat("verify", edited(source, wrap))
+    assert "groups have the largest zero-point beside codes that lie near 0" in outcome.out
+    assert "gptqmodel's issue 2350" in outcome.out and UP in outcome.out
+    assert "largest zero-point" not in eqat("verify", source).out
+
+
 def test_auto_round_2273_levels_clamped_to_the_signed_range(
     eqat: Callable, golden_root: Path, tmp_path: Path, edited: Make
 ) -> None:
