@@ -134,7 +134,7 @@ ENGINE = Engine(
             "ar-zeros",
             ("auto-round",),
             "refused",
-            "has no CPU kernel, and on CUDA only auto-gptq's, for asymmetric {packing_format} (zero - 1) at {bits} bits",
+            "has no CPU kernel, and on CUDA auto-gptq's alone, for asymmetric {packing_format} at {bits} bits",
             "auto-round 0.16.1 inference/backend.py auto_round:torch_zp, auto_gptq:cuda",
             when={"packing_format": (_V1,), "bits": (3, 5, 6, 7)},
             needs=({"sym": (True,)},),

@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eqat_export.convert import convert
-from formats import QuantizedLinear, QuantScheme, get_format
+from formats import QuantizedLinear, QuantScheme, available_formats, get_format
 from formats.packing import pack_bits, unpack_bits
 from tests.tiny_checkpoints import quantize_folder
 
@@ -59,6 +61,21 @@ def symmetric(dense_models: Callable[[str], Path], tmp_path: Path) -> Make:
         return quantize_folder(dense_models("llama"), folder, scheme, format_id=form, change=around_the_middle)
 
     return make
+
+
+def configure_auto_round(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= fields
+    path.write_text(json.dumps(config))
+
+
+def one_less(folder: Path) -> None:
+    """Stores z - 1 where z stood, at 2 bits."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name.removesuffix(".qzeros") for name in tensors if name.endswith(".qzeros")]:
+        tensors[f"{name}.qzeros"] = pack_bits(fields_of(tensors, name, 2) - 1, 2, axis=1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def relabel(folder: Path, form: str) -> Path:
@@ -120,6 +137,57 @@ def test_gptqmodel_2350_zeros_of_0_that_became_maxq(
     assert judged.code == 1
     assert "adds 1 to whole packed words, and zeros of 0 were wrapped field by field" in judged.out
     assert f"use: eqat export {folder} --to gptq_v2" in judged.out
+
+
+@pytest.mark.skipif("auto-round" not in available_formats(), reason="the format auto-round is not registered")
+def test_vllm_37185_as_auto_round_wrote_it(eqat: Callable, symmetric: Make) -> None:
+    """int2-sym in auto_round:auto_gptq. Since then vllm runs it in humming, which takes the zero as symmetric."""
+    folder = symmetric("auto-round", bits=2)
+    one_less(folder)
+    configure_auto_round(folder, packing_format="auto_round:auto_gptq")
+    assert eqat("verify", folder).code == 0
+    assert eqat("verify", folder, "--for", "vllm").code == 0
+    outcome = eqat("verify", folder, "--for", "sglang")
+    assert outcome.code == 1
+    assert "takes this packing symmetric at 4 or 8 bits only; here 2 bits, sym True" in outcome.out
+    # the same with zeros that are no one value is what humming reads wrong
+    configure_auto_round(folder, sym=False)
+    outcome = eqat("verify", folder, "--for", "vllm")
+    assert "runs 2 bits with humming, which takes qzeros as they are, and this packing stores zero - 1" in outcome.out
+    # and the model's repository says quant_method intel/auto-round in older versions
+    configure_auto_round(folder, quant_method="intel/auto-round")
+    assert "knows quant_method auto-round, not 'intel/auto-round'" in eqat("verify", folder, "--for", "vllm").out
+
+
+@pytest.mark.skipif("auto-round" not in available_formats(), reason="the format auto-round is not registered")
+@pytest.mark.parametrize(
+    ("packing", "said"),
+    [
+        (
+            "auto_round:auto_gptq",
+            "gptq (v1, z - 1), but the values are v2, raw z: set packing_format to 'auto_round:gptqmodel'",
+        )
+    ],
+)
+def test_auto_round_packing_against_its_zeros(
+    eqat: Callable, golden_root: Path, tmp_path: Path, packing: str, said: str
+) -> None:
+    convert(golden_root / "w2g64", tmp_path / "out", "auto-round")
+    assert eqat("verify", tmp_path / "out").code == 0
+    configure_auto_round(tmp_path / "out", packing_format=packing)
+    outcome = eqat("verify", tmp_path / "out")
+    assert outcome.code == 1
+    assert said in outcome.out
+
+
+@pytest.mark.skipif("awq" not in available_formats(), reason="the format awq is not registered")
+def test_gptqmodel_2350_in_awq_itself(eqat: Callable, native: Make, tmp_path: Path) -> None:
+    """A sound file with zeros of 0: only the kernel of that version was wrong, and verify says which."""
+    convert(native(bits=4), tmp_path / "awq", "awq")
+    outcome = eqat("verify", tmp_path / "awq", "--for", "gptqmodel")
+    assert outcome.code == 0
+    assert "read a zero-point of 0 as 15 in its ExLlamaV2 kernel up to 5.6.12" in outcome.out
+    assert "largest zero-point" not in outcome.out
 
 
 def test_gptqmodel_2350_zeros_of_0_that_became_15_in_a_format_of_raw_zeros(
