@@ -20,9 +20,10 @@ Of the model:
 | model_dtype | as config.json says, ``none`` where it does not |
 
 Of each layer: bits, group_size, sym and desc_act as configured; symmetric and act_order as the tensors have it; g_idx
-(there is one); in_features, out_features; out_bits (bits of a column); fused_out (out_features of the linear that
-engines fuse it into); scale_dtype; lowest_zero and highest_zero; override (its scheme is not the model's);
-fused_override (so, as part of a fused linear); fused_alike (the parts of its fused linear have one scheme); ggml_type.
+(there is one); in_features, out_features; in_bits and out_bits (bits of a row and of a column); grouped (group_size is
+not -1); fused (engines compute it as a part of another linear); fused_out (out_features of that linear, or its own);
+scale_dtype; lowest_zero, highest_zero; override (its scheme is not the model's); fused_override (so, as a part of a
+fused linear); fused_alike (the parts of its fused linear have one scheme); ggml_type.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def _layer_facts(checkpoint: Checkpoint, survey: Survey, name: str, scheme: Quan
     facts: dict[str, Value] = {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
+        "grouped": scheme.group_size > 0,
         "sym": scheme.sym,
         "desc_act": scheme.desc_act,
         "g_idx": "g_idx" in shapes,
@@ -123,7 +125,8 @@ def _layer_facts(checkpoint: Checkpoint, survey: Survey, name: str, scheme: Quan
     features = _features(checkpoint, name)
     if features is not None:
         out_features, in_features = features
-        facts |= {"out_features": out_features, "in_features": in_features, "out_bits": out_features * scheme.bits}
+        facts |= {"out_features": out_features, "in_features": in_features}
+        facts |= {"out_bits": out_features * scheme.bits, "in_bits": in_features * scheme.bits}
     if name in survey.layers:
         seen = survey.layers[name]
         facts |= {
@@ -149,10 +152,11 @@ def _fused_facts(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], nam
     parts = _parts(name, linears)
     if not parts:
         features = _features(checkpoint, name)
-        return {"fused_out": features[0]} if features else {}
+        return {"fused": False, **({"fused_out": features[0]} if features else {})}
     found = [schemes.get(part) for part in parts]
     kinds = {(scheme.bits, scheme.group_size, scheme.sym) if scheme else None for scheme in found}
     facts: dict[str, Value] = {
+        "fused": True,
         "fused_alike": len(kinds) == 1,
         "fused_override": schemes[name] != checkpoint.scheme,
     }

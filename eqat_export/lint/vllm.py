@@ -4,13 +4,28 @@ GPTQ is symmetric 4 and 8 bits here, whatever stands in qzeros: the Marlin path 
 everything else is compressed-tensors.
 """
 
-from .rules import Engine, Multiple, Rule
+from .rules import Condition, Engine, Multiple, Rule
 
 _LAYERS = "model_executor/layers/quantization"
 _GPTQ = ("gptq", "gptq_v2")
 _GROUPS = (-1, 32, 64, 128)
 _V1 = "auto_round:auto_gptq"
 _HUMMING_BITS = (2, 3, 5, 6, 7)
+_WHOLE_WORDS: dict[str, Condition] = {
+    "in_bits": Multiple(32),
+    "out_bits": Multiple(32),
+    "in_features": Multiple(8),
+    "out_features": Multiple(8),
+}
+# What its kernels take, in the order Marlin, Marlin with zero-points, Exllama, Triton, Humming.
+_KERNELS: tuple[dict[str, Condition], ...] = (
+    {"bits": (4, 8), "sym": (True,), "group_size": _GROUPS},
+    {"bits": (4,), "group_size": _GROUPS},
+    {"bits": (4, 8), "sym": (True,), "grouped": (True,), "out_features": Multiple(8)},
+    {"bits": (4,), "group_size": (*_GROUPS, 256), "out_features": Multiple(8)},
+    {**_WHOLE_WORDS, "group_size": (-1, 16)},
+    {**_WHOLE_WORDS, "group_size": Multiple(32)},
+)
 
 ENGINE = Engine(
     "vllm",
@@ -139,18 +154,18 @@ ENGINE = Engine(
             "refused",
             "cuts packed zero-points at the seams of fused linears: out_features times bits must be a multiple of 32, "
             "and here {out_features} x {bits}",
-            "model_executor/parameter.py _adjust_shard_indexes_for_packing; humming/transform.py check_and_pad_tensors",
-            when={"sym": (False,)},
+            "model_executor/parameter.py _adjust_shard_indexes_for_packing",
+            when={"sym": (False,), "fused": (True,)},
             needs=({"out_bits": Multiple(32)},),
             routes=("dense",),
         ),
         Rule(
-            "ct-group",
+            "ct-kernel",
             ("compressed-tensors",),
             "refused",
-            "has no kernel for groups of {group_size} at {bits} bits",
-            "model_executor/kernels/linear/__init__.py _POSSIBLE_KERNELS; humming 0.1.19 kernel/humming.py",
-            needs=({"group_size": (-1, 16)}, {"group_size": Multiple(32)}),
+            "has no CUDA kernel for {bits} bits in groups of {group_size} at {out_features} x {in_features}",
+            "model_executor/kernels/linear/mixed_precision/; humming 0.1.19 transform.py check_and_pad_tensors",
+            needs=_KERNELS,
             routes=("dense",),
         ),
         Rule(
