@@ -25,7 +25,7 @@ from .checkpoint_reader import INDEX_NAME, QUANTIZATION_FILES, SINGLE_NAME
 from .errors import CheckpointError, InputError, OutputExistsError
 from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES, build_header
 
-__all__ = ["TRAINING_FILES", "CheckpointWriter", "writing"]
+__all__ = ["TRAINING_FILES", "CheckpointWriter", "sync", "writing"]
 
 HEADER_BYTES = 256 * 1024  # room for about 2000 tensors a shard
 MAX_SLACK = 0.01  # share of a shard that reserved header space may waste
@@ -187,10 +187,10 @@ class CheckpointWriter:
             self.write_json(INDEX_NAME, index)
         for path in self.working_folder.iterdir():
             if path.is_file():
-                _sync(path)
-        _sync(self.working_folder)
+                sync(path)
+        sync(self.working_folder)
         self._replace()
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
 
     def _replace(self) -> None:
         self._check_output()  # it may have appeared while this checkpoint was being written
@@ -296,7 +296,7 @@ def _copy(source: Path | str, target: Path | str) -> None:
         shutil.copyfileobj(reading, writing)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

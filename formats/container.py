@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from .safetensors_header import TensorInfo
 
-__all__ = ["Choice", "ModelReader", "ModelWriter"]
+__all__ = ["Choice", "HasCompanions", "ModelReader", "ModelWriter"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,14 @@ class ModelReader(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class HasCompanions(Protocol):
+    """A reader whose container holds the tokenizer, too."""
+
+    def write_companions(self, folder: Path) -> None:
+        """The tokenizer as files of a Hugging Face folder."""
 
 
 class ModelWriter(ABC):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import NO_OVERRIDES, Format, PackedFormat
 from .checkpoint import CheckpointWriter
 from .checkpoint_reader import CONFIG_KEYS
-from .container import ModelWriter
+from .container import HasCompanions, ModelWriter
 from .errors import UnsupportedSchemeError
 from .model import Checkpoint
 from .packed import PackedLinear
@@ -70,6 +70,8 @@ class FolderWriter(ModelWriter):
             )
         if source.reader.folder.is_dir():
             self._writer.copy_companions(source.reader.folder)
+        elif isinstance(source.reader, HasCompanions):
+            source.reader.write_companions(self._writer.working_folder)
 
     def __enter__(self) -> FolderWriter:
         try:

@@ -25,6 +25,7 @@ _BUILTIN = {
     "compressed-tensors": "formats.compressed_tensors:CompressedTensorsFormat",
     "onnx": "formats.onnx:OnnxFormat",
     "dense": "formats.dense:DenseFormat",
+    "gguf": "formats.gguf:GgufFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"
 

@@ -1,0 +1,271 @@
+"""Writing a GGUF file: streamed tensor by tensor, published at once or not at all.
+
+The table of tensors stands before the data and holds types that are known only once a layer is encoded. Its size is
+known from names and axes alone, so room is left for it and it is written last. Memory is that of the largest layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..checkpoint_writer import sync, writing
+from ..container import Choice, ModelWriter
+from ..errors import CheckpointError, OutputExistsError, UnsupportedSchemeError
+from .blocks import BLOCK_TYPES, UNIT, block_type_of
+from .families import NameMap, family_of_config, permutation
+from .header import ALIGNMENT, HEAD_BYTES, ROPE_FREQS, SCHEME_KEY, TYPE_SIZES, is_gguf
+from .keys import head_bytes, metadata_bytes
+from .metadata import add_hyper_parameters, head_width
+from .reader import GgufReader
+from .rope import llama3_factors, rope_parameters
+from .tokenizer import add_tokenizer, copy_tokenizer
+
+if TYPE_CHECKING:
+    from ..model import Checkpoint
+    from .format import GgufFormat
+
+__all__ = ["GgufWriter"]
+
+_TYPE_IDS = {name: number for number, (name, _, _) in TYPE_SIZES.items()}
+_DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FTYPES = {"F32": 0, "F16": 1, "BF16": 32, **{kind.name: kind.ftype for kind in BLOCK_TYPES.values()}}
+_IGNORED = ".rotary_emb.inv_freq"
+
+
+@dataclass
+class _Entry:
+    """A tensor's place in the table: what is planned, and what was written."""
+
+    shape: tuple[int, ...]
+    type: str = ""
+    offset: int = 0
+
+
+class GgufWriter(ModelWriter):
+    """One ``.gguf`` file from a quantized checkpoint; a context manager.
+
+    Args:
+        out: the file.
+        source: the checkpoint that is converted: names and shapes of its tensors, configuration and tokenizer.
+        form: the format with its options.
+        force: replace an existing GGUF file, only once the new one is complete.
+
+    Raises:
+        OutputExistsError: ``out`` exists and ``force`` is not given, or it is no GGUF file.
+        UnsupportedSchemeError: llama.cpp has no place for the model or one of its tensors.
+        CheckpointError: the configuration or the tokenizer is missing something.
+        MissingExtraError: the gguf package is not installed.
+    """
+
+    def __init__(self, out: Path | str, source: Checkpoint, form: GgufFormat, *, force: bool) -> None:
+        self.path = Path(os.path.abspath(out))
+        self._force = force
+        self._check_output()
+        self._config = source.reader.config
+        self._family = family_of_config(self._config)
+        self._names = NameMap(self._family, self._config["num_hidden_layers"])
+        self._tied = bool(self._config.get("tie_word_embeddings", False))
+        self._rope = llama3_factors(rope_parameters(self._config), head_width(self._config))
+        self._entries = self._plan(source)
+        self._choices: list[Choice] = []
+        self._metadata, self._count = self._metadata_bytes(source, form)
+        self._working = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
+        self._new_parents: list[Path] = []
+        self._file: BinaryIO | None = None
+        self._data_start = _padded(HEAD_BYTES + len(self._metadata) + len(self._table()))
+        self._position = self._data_start
+
+    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """The blocks become ``{layer}.weight``."""
+        blocks = tensors["blocks"]
+        kind = block_type_of(blocks.shape[2])
+        if kind is None:
+            raise CheckpointError(f"layer {name} has blocks of {blocks.shape[2]} bytes, which are no ggml type's")
+        shape = (blocks.shape[0], blocks.shape[1] * UNIT)
+        self._write(f"{name}.weight", self._ordered(name, blocks), kind.name, shape)
+        if "bias" in tensors:
+            self.add(f"{name}.bias", tensors["bias"])
+        why = getattr(tensors, "choice", None)
+        reason = why.reason if why is not None else "as encoded"
+        self._choices.append(Choice(self._names.to_ggml(f"{name}.weight"), kind.name, kind.bits_per_weight, reason))
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Matrices keep their dtype; llama.cpp computes with vectors in fp32 only."""
+        if name.endswith(_IGNORED) or self._is_tied_head(name):
+            return
+        data = tensor.detach().cpu()
+        if data.dim() == 1 and data.dtype in _DENSE:
+            data = data.to(torch.float32)
+        if data.dtype not in _DENSE:
+            raise UnsupportedSchemeError(f"tensor {name} is {data.dtype}; GGUF takes float32, float16 and bfloat16")
+        self._write(name, self._ordered(name, data), _DENSE[data.dtype], tuple(data.shape))
+
+    def finish(self) -> None:
+        """The head, now that every type and offset is known."""
+        if self._rope is not None:
+            self._write_entry(ROPE_FREQS, self._rope, "F32", tuple(self._rope.shape))
+        missing = [name for name, entry in self._entries.items() if not entry.type]
+        if missing:
+            raise CheckpointError(f"{len(missing)} tensors of {self.path} were never written, e.g. {missing[0]}")
+        file = self._opened()
+        with writing(self.path):
+            file.seek(0)
+            file.write(head_bytes(len(self._entries), self._count))
+            file.write(self._with_file_type())
+            file.write(self._table())
+            file.flush()
+
+    def choices(self) -> tuple[Choice, ...]:
+        """Type and reason of each layer's weight."""
+        return tuple(self._choices)
+
+    def __enter__(self) -> GgufWriter:
+        self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._working.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with writing(self.path):
+                    self._publish()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # a full disk fails again here
+                    self._file.close()
+            self._working.unlink(missing_ok=True)
+            if not self.path.exists():
+                for parent in self._new_parents:
+                    with contextlib.suppress(OSError):  # someone else may have put something there
+                        parent.rmdir()
+
+    def _check_output(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not self._force:
+            raise OutputExistsError(f"output {self.path} exists; choose another --out or give --force to replace it")
+        if not self.path.is_file() or not (is_gguf(self.path) or self.path.stat().st_size == 0):
+            raise OutputExistsError(
+                f"output {self.path} exists and is no GGUF file, and --force replaces only those; choose another --out"
+            )
+
+    def _publish(self) -> None:
+        self._check_output()  # it may have appeared while this file was being written
+        self._opened().close()
+        sync(self._working)
+        self._working.replace(self.path)
+        sync(self.path.parent)
+
+    def _plan(self, source: Checkpoint) -> dict[str, _Entry]:
+        """Every tensor of the file, by ggml's name, with its shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in source.layer_names:
+            rows, columns = source.layer_features(layer)
+            shapes[f"{layer}.weight"] = (rows, columns)
+            if "bias" in source.layer_shapes(layer):
+                shapes[f"{layer}.bias"] = (rows,)
+        shapes |= {name: source.reader.tensors[name].shape for name in source.passthrough_names}
+        entries = {
+            self._names.to_ggml(name): _Entry(shape)
+            for name, shape in shapes.items()
+            if not name.endswith(_IGNORED) and not self._is_tied_head(name)
+        }
+        if not self._tied and "lm_head.weight" not in shapes:
+            raise CheckpointError("tie_word_embeddings is false and there is no lm_head; llama.cpp would tie them")
+        if self._rope is not None:
+            entries[ROPE_FREQS] = _Entry(tuple(self._rope.shape))
+        return entries
+
+    def _is_tied_head(self, name: str) -> bool:
+        """lm_head of a model whose configuration ties it: another copy of the embedding."""
+        return self._tied and name == "lm_head.weight"
+
+    def _metadata_bytes(self, source: Checkpoint, form: GgufFormat) -> tuple[bytes, int]:
+        """Metadata entries as the gguf package writes them, and how many they are."""
+
+        def add(writer: Any) -> bool:
+            writer.add_name(self.path.stem)
+            add_hyper_parameters(writer, self._config, self._family)
+            writer.add_file_type(0)
+            if source.scheme is not None:
+                told = form.quantization_config(source.scheme, source.ignore, source.overrides)
+                writer.add_string(SCHEME_KEY, json.dumps(told, separators=(",", ":")))
+            return self._add_tokenizer(writer, source, form)
+
+        return metadata_bytes(self._family.architecture, add)
+
+    def _add_tokenizer(self, writer: Any, source: Checkpoint, form: GgufFormat) -> bool:
+        if isinstance(source.reader, GgufReader):
+            return copy_tokenizer(writer, source.reader.metadata)
+        return add_tokenizer(writer, source.reader.folder, self._config["vocab_size"], form.pre_tokenizer)
+
+    def _with_file_type(self) -> bytes:
+        """The metadata with ``general.file_type`` set to the type of most weights."""
+        key = b"general.file_type"
+        at = self._metadata.index(struct.pack("<Q", len(key)) + key) + 8 + len(key) + 4
+        weights: Counter[str] = Counter()
+        for entry in self._entries.values():
+            if len(entry.shape) > 1:
+                weights[entry.type] += entry.shape[0] * entry.shape[1]
+        layers = {choice.stored_as for choice in self._choices}
+        most = max(layers, key=lambda name: weights[name]) if layers else max(weights, key=lambda name: weights[name])
+        return self._metadata[:at] + struct.pack("<I", _FTYPES[most]) + self._metadata[at + 4 :]
+
+    def _table(self) -> bytes:
+        parts = []
+        for name, entry in self._entries.items():
+            raw = name.encode()
+            parts.append(struct.pack("<Q", len(raw)) + raw + struct.pack("<I", len(entry.shape)))
+            parts.append(struct.pack(f"<{len(entry.shape)}Q", *reversed(entry.shape)))
+            parts.append(struct.pack("<IQ", _TYPE_IDS.get(entry.type, 0), entry.offset))
+        return b"".join(parts)
+
+    def _ordered(self, name: str, tensor: Tensor) -> Tensor:
+        order = permutation(self._family, self._config, name, tensor.shape[0])
+        return tensor if order is None else tensor[order]
+
+    def _write(self, name: str, tensor: Tensor, type_name: str, shape: tuple[int, ...]) -> None:
+        self._write_entry(self._names.to_ggml(name), tensor, type_name, shape)
+
+    def _write_entry(self, ggml_name: str, tensor: Tensor, type_name: str, shape: tuple[int, ...]) -> None:
+        entry = self._entries.get(ggml_name)
+        if entry is None or entry.type:
+            state = "was not expected" if entry is None else "is added twice"
+            raise CheckpointError(f"tensor {ggml_name} of {self.path} {state}")
+        if entry.shape != shape:
+            raise CheckpointError(f"tensor {ggml_name} has shape {list(shape)}; {list(entry.shape)} was announced")
+        entry.type, entry.offset = type_name, self._position - self._data_start
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        file = self._opened()
+        with writing(self.path):
+            file.seek(self._position)
+            file.write(flat.numpy().data)
+            end = self._position + flat.numel()
+            self._position = _padded(end)
+            file.write(bytes(self._position - end))
+
+    def _opened(self) -> BinaryIO:
+        if self._file is None:
+            raise CheckpointError(f"{self.path} is not open; write it inside the with block")
+        return self._file
+
+
+def _padded(position: int) -> int:
+    return -(-position // ALIGNMENT) * ALIGNMENT
