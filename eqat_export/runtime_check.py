@@ -187,7 +187,7 @@ def _compare_logits(
     if coarse is None:
         coarse = reference_logits(checkpoint, ids, session.dtype, device)
     else:
-        result.yardstick = f"{result.runtime}'s own on dense weights"
+        result.yardstick = session.yardstick_name
     result.tokens = tuple(ids.shape)
     result.logit_std = float(exact.std())
     result.error_max, result.error_rms = _spread(theirs, exact)

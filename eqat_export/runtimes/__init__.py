@@ -22,6 +22,7 @@ RUNTIMES = MappingProxyType(
         "bitblas": "eqat_export.runtimes.bitblas:BitblasRuntime",
         "humming": "eqat_export.runtimes.humming:HummingRuntime",
         "onnxruntime": "eqat_export.runtimes.onnxruntime:OnnxruntimeRuntime",
+        "llama.cpp": "eqat_export.runtimes.llama_cpp:LlamaCppRuntime",
         "transformers": "eqat_export.runtimes.transformers:TransformersRuntime",
     }
 )

@@ -79,18 +79,22 @@ class Session(ABC):
     Attributes:
         dtype: in which the engine computes: its weights must equal ``(q - z) * s`` rounded to it.
         device: where it runs, when that is not the device it was offered.
+        yardstick_name: whose logits ``yardstick`` returns.
     """
 
     dtype: torch.dtype = torch.float16
     device: str = ""
+    yardstick_name: str = "the engine's own on dense weights"
 
     def logits(self, ids: Tensor) -> Tensor | None:
         """Logits ``[batch, length, vocabulary]`` of int64 ids ``[batch, length]``, on CPU; None from single layers."""
         return None
 
     def yardstick(self, ids: Tensor) -> Tensor | None:
-        """Logits of the same engine on the same weights stored densely, where its own arithmetic is coarser than its
-        dtype (e.g. int8 activations); None where our forward pass in ``dtype`` is the fair comparison.
+        """Logits to judge the engine's by where its arithmetic is coarser than its dtype, e.g. int8 activations.
+
+        Its own on the same weights stored densely, or ours with the same rounding. None where our forward pass in
+        ``dtype`` is the fair comparison.
         """
         return None
 

@@ -40,7 +40,10 @@ def reference_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
 
     folder = checkpoint.reader.folder
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if folder.is_dir():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        else:  # a container that is one file says by itself what config.json would
+            config = AutoConfig.for_model(**checkpoint.reader.config)
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (KeyError, ValueError) as error:
         kind = checkpoint.reader.config.get("model_type")

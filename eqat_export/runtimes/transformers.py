@@ -4,6 +4,7 @@
 - compressed-tensors through the package of that name, with ``dequantize=True``: left compressed, asymmetric layers do
   not load (transformers 5.23 allocates unpacked zero-points). It computes ``(q - z) * s`` in the dtype of the scales
   and casts to the model's, so that is the dtype to load and to compare in.
+- GGUF through the gguf package, dequantized in fp32.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class TransformersRuntime(Runtime):
         "gptq": _GPTQ,
         "gptq_v2": _GPTQ,
         "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+        "gguf": (("gguf",), "gguf"),
         None: ((), ""),
     }
     formats = tuple(readers)
@@ -44,9 +46,10 @@ class TransformersRuntime(Runtime):
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
         options, dtype = _options(checkpoint)
+        path = checkpoint.reader.folder
         with no_compile():
             model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.reader.folder, dtype=dtype, device_map=str(device), **options
+                path.parent if "gguf_file" in options else path, dtype=dtype, device_map=str(device), **options
             )
         session = ModuleSession(model.eval())
         session.dtype = dtype
@@ -59,6 +62,8 @@ def _options(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.dtype]:
 
     if checkpoint.format is None or checkpoint.scheme is None:
         return {}, torch.float16
+    if checkpoint.format.id == "gguf":
+        return {"gguf_file": checkpoint.reader.folder.name}, torch.float32
     if checkpoint.format.id == "compressed-tensors":
         tensors = checkpoint.reader.tensors
         scales = [tensors[f"{name}.weight_scale"].dtype for name in checkpoint.layer_names]
