@@ -191,14 +191,37 @@ def _declaring_format(checkpoint: Checkpoint, layer: QuantizedLinear | Tensor) -
 
 
 def turn_back(ours: QuantizedLinear, theirs: QuantizedLinear) -> QuantizedLinear:
-    """Our layer with those groups complemented that hold the complement of the other side's.
+    """Our layer with the other side's codes and zeros in groups where ours are the same integers in another way.
 
-    ``(maxq - q, -s, maxq - z)`` are the same weights, and which of the two a file holds is its format's affair.
+    ``(maxq - q, -s, maxq - z)`` are the same weights, and so are ``(q + c, s, z + c)``; which of them a file holds is
+    its format's affair.
     """
     if not _alike(ours, theirs):
         return ours
     mirrored = (ours.zeros == ours.scheme.maxq - theirs.zeros) & (ours.scales.signbit() != theirs.scales.signbit())
-    return ours.complement(mirrored) if bool(mirrored.any()) else ours
+    ours = ours.complement(mirrored) if bool(mirrored.any()) else ours
+    width = ours.scheme.width(ours.in_features)
+    turned = ours.scales.signbit() != theirs.scales.signbit()
+    settled = torch.equal(ours.zeros, theirs.zeros) and not bool(turned.any())
+    if settled or ours.g_idx is not None or ours.in_features % width:
+        return ours
+    steps = _steps(ours, width) * torch.where(turned, -1, 1).to(torch.int16)[..., None]
+    same = (steps == _steps(theirs, width)).all(dim=2)  # [out, groups]
+    codes = torch.where(same.repeat_interleave(width, dim=1), theirs.codes, ours.codes)
+    zeros = torch.where(same, theirs.zeros, ours.zeros)
+    return replace(
+        ours,
+        codes=codes,
+        zeros=zeros,
+        scales=torch.where(same & turned, -ours.scales, ours.scales),
+        scheme=replace(ours.scheme, sym=bool((zeros == 2 ** (ours.scheme.bits - 1)).all())),
+    )
+
+
+def _steps(layer: QuantizedLinear, width: int) -> Tensor:
+    """``q - z``, int16 ``[out, groups, width]``."""
+    codes = layer.codes.view(layer.out_features, layer.groups, width).to(torch.int16)
+    return codes.sub_(layer.zeros.to(torch.int16)[..., None])
 
 
 def _counts(ours: QuantizedLinear, theirs: QuantizedLinear) -> tuple[int | None, int | None, int | None]:

@@ -84,7 +84,7 @@ def _check_configuration(checkpoint: Checkpoint) -> Iterator[Finding]:
         if len(set(map(str, values.values()))) > 1:
             stated = ", ".join(f"{name} says {value}" for name, value in values.items())
             yield error("configuration", f"{key}: {stated}; readers take one or the other")
-    if checkpoint.format is not None and not configurations:
+    if checkpoint.format is not None and not checkpoint.reader.quantization_config:
         yield note("configuration", "no quantization_config; bits and group_size were read from shapes")
 
 
