@@ -233,7 +233,7 @@ def _measure(
     form: Format, name: str, layer: QuantizedLinear | PackedLinear, stored: Mapping[str, Tensor], rounding: Rounding
 ) -> Exactness:
     """How exactly a layer was held; what was rounded is added to ``rounding``. A few rows at a time."""
-    if isinstance(layer, PackedLinear) and isinstance(form, PackedFormat):
+    if isinstance(layer, PackedLinear) and (isinstance(form, PackedFormat) or form.takes_packed):
         kind = form.exactness(layer)  # from scales and zeros alone
         if kind is not Exactness.ROUNDED:
             return kind

@@ -77,6 +77,7 @@ class Format(ABC):
         local_names: every local tensor name a layer may have; anything else beside a layer is passed through.
         readable: False for layouts that cannot be decoded to codes (dense weights).
         options: what the constructor takes.
+        takes_packed: True where ``encode`` takes a PackedLinear as well, because unpacking can be spared.
         suffix: how names of the format's own files end, e.g. ``.gguf``; empty where a model is a folder.
     """
 
@@ -86,6 +87,7 @@ class Format(ABC):
     local_names: ClassVar[tuple[str, ...]]
     readable: ClassVar[bool] = True
     options: ClassVar[tuple[FormatOption, ...]] = ()
+    takes_packed: ClassVar[bool] = False
     suffix: ClassVar[str] = ""
 
     @abstractmethod

@@ -97,7 +97,7 @@ def encode_layer(fmt: Format, name: str, layer: QuantizedLinear | PackedLinear) 
         if isinstance(layer, PackedLinear) and isinstance(fmt, PackedFormat):
             fmt.check(layer.scheme, layer.out_features, layer.in_features)
             return fmt.encode_packed(layer)
-        return fmt.encode(layer.unpack())
+        return fmt.encode(layer if fmt.takes_packed else layer.unpack())  # type: ignore[arg-type]
     except UnsupportedSchemeError as exc:
         raise UnsupportedSchemeError(f"layer {name}: {exc}") from exc
 

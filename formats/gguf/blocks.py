@@ -26,7 +26,16 @@ from torch import Tensor
 
 from ..packing import pack_bits, unpack_bits
 
-__all__ = ["BLOCK_TYPES", "UNIT", "WRITABLE", "BlockType", "block_type_of", "pack_blocks", "unpack_blocks"]
+__all__ = [
+    "BLOCK_TYPES",
+    "UNIT",
+    "WRITABLE",
+    "BlockType",
+    "block_type_of",
+    "pack_blocks",
+    "stream_blocks",
+    "unpack_blocks",
+]
 
 UNIT = 32  # weights the last axis of a blocks tensor stands for; every block is a multiple of it
 
@@ -110,10 +119,8 @@ def pack_blocks(kind: BlockType, codes: Tensor, scales: Tensor) -> Tensor:
         uint8 ``[out, in / 32, kind.unit_bytes]``.
     """
     rows, columns = codes.shape
+    packed, body = _empty(kind, scales)
     blocks = columns // kind.block
-    packed = codes.new_empty(rows, blocks, kind.block_bytes)
-    packed[..., :2] = scales.contiguous().view(torch.uint8).view(rows, blocks, 2)
-    body = packed[..., 2:]
     if kind.bits == 2:
         body[:] = pack_bits(codes.view(rows, blocks, kind.block), 2, container=torch.uint8)
     elif kind.bits == 8:
@@ -127,6 +134,24 @@ def pack_blocks(kind: BlockType, codes: Tensor, scales: Tensor) -> Tensor:
             halves = halves & 0xF
         body[..., -kind.block // 2 :] = pack_bits(halves, 4, axis=2, container=torch.uint8).squeeze(2)
     return packed.view(rows, columns // UNIT, kind.unit_bytes)
+
+
+def stream_blocks(kind: BlockType, words: Tensor, flip: Tensor, scales: Tensor) -> Tensor:
+    """Blocks of Q2_0 from packed codes: theirs is the usual little-endian stream, cut into blocks.
+
+    Args:
+        kind: Q2_0.
+        words: int32 ``[in / 16, out]`` of 2-bit codes, as PackedLinear holds them.
+        flip: bool ``[out, in / 64]``, True where the block's codes are complemented.
+        scales: fp16 ``[out, in / 64]``.
+
+    Returns:
+        As :func:`pack_blocks`.
+    """
+    packed, body = _empty(kind, scales)
+    codes = words.T.contiguous().view(torch.uint8).view(body.shape)
+    torch.bitwise_xor(codes, (flip.to(torch.uint8) * 0xFF)[..., None], out=body)
+    return packed.view(packed.shape[0], -1, kind.unit_bytes)
 
 
 def unpack_blocks(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -156,6 +181,14 @@ def unpack_blocks(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor, Tens
         if kind.bits == 5:
             codes |= unpack_bits(body[..., :4], 1, kind.block) << 4
     return codes.reshape(rows, units * UNIT), scales, minimums
+
+
+def _empty(kind: BlockType, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 ``[out, blocks, kind.block_bytes]`` with the scales in place, and its view of what is to be filled."""
+    rows, blocks = scales.shape
+    packed = torch.empty(rows, blocks, kind.block_bytes, dtype=torch.uint8)
+    packed[..., :2] = scales.contiguous().view(torch.uint8).view(rows, blocks, 2)
+    return packed, packed[..., 2:]
 
 
 def _halves(pairs: Tensor) -> Tensor:

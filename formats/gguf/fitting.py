@@ -17,7 +17,7 @@ from ..packed import PackedLinear
 from ..types import QuantizedLinear, QuantScheme
 from .blocks import WRITABLE, BlockType
 
-__all__ = ["Fit", "TypeChoice", "choose", "fit", "integers", "refusal"]
+__all__ = ["Fit", "TypeChoice", "choose", "fit", "integers", "refusal", "within"]
 
 _FIRST_ROWS = 64  # looked at before the whole layer is: most layers that do not fit show it at once
 
@@ -77,12 +77,17 @@ def choose(layer: QuantizedLinear) -> TypeChoice:
     for kind in WRITABLE:
         problem = refusal(kind, layer.scheme, layer.in_features)
         if problem is None and _holds(layer, kind):
-            return TypeChoice(kind.name, kind.bits_per_weight, why or f"every q - z within {kind.low}..{kind.high}")
+            return TypeChoice(kind.name, kind.bits_per_weight, why or within(kind))
         why = problem or f"q - z beyond {kind.name}'s {kind.low}..{kind.high}"
     raise UnsupportedSchemeError(
         f"{layer.scheme}: no block type holds its integers ({why}); force the nearest with --gguf-type Q8_0, or use "
         "--to native"
     )
+
+
+def within(kind: BlockType) -> str:
+    """The reason where the smallest type will do."""
+    return f"every q - z within {kind.low}..{kind.high}"
 
 
 def fit(layer: QuantizedLinear | PackedLinear, kind: BlockType) -> Fit:

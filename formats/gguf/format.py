@@ -18,9 +18,9 @@ from ..packed import PackedLinear
 from ..qweight import config_integer
 from ..types import QuantizedLinear, QuantScheme
 from ..version import __version__
-from .blocks import BLOCK_TYPES, UNIT, WRITABLE, BlockType, block_type_of, pack_blocks, unpack_blocks
+from .blocks import BLOCK_TYPES, UNIT, WRITABLE, BlockType, block_type_of, pack_blocks, stream_blocks, unpack_blocks
 from .decoding import decode_blocks, regroup
-from .fitting import TypeChoice, choose, fit, integers, refusal
+from .fitting import TypeChoice, choose, fit, integers, refusal, within
 from .header import is_gguf
 from .pre_tokenizers import NAMES as PRE_TOKENIZERS
 
@@ -52,6 +52,7 @@ class GgufFormat(Format):
     title: ClassVar[str] = "GGUF for llama.cpp, Ollama and LM Studio"
     marker: ClassVar[str] = "blocks"
     local_names: ClassVar[tuple[str, ...]] = ("blocks", "bias")
+    takes_packed: ClassVar[bool] = True
     suffix: ClassVar[str] = ".gguf"
     options: ClassVar[tuple[FormatOption, ...]] = (
         FormatOption(
@@ -96,16 +97,10 @@ class GgufFormat(Format):
                 f"{scheme} does not fit gguf: {problem}, and both have to be multiples of it; use {way}"
             )
 
-    def encode(self, layer: QuantizedLinear) -> EncodedLayer:
+    def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedLayer:
         """blocks ``[out, in / 32, bytes of 32 weights]`` and, if there is one, the bias in fp32."""
         self.check(layer.scheme, layer.out_features, layer.in_features)
-        choice = self._choice(layer)
-        kind = BLOCK_TYPES[choice.type]
-        codes, scales, found = integers(layer, kind)
-        if not found.exact:
-            choice = replace(choice, exact=False, reason=f"forced; q - z clipped to {kind.low}..{kind.high}")
-        stored = _stored_scales(scales).repeat_interleave(layer.scheme.width(layer.in_features) // kind.block, dim=1)
-        tensors = {"blocks": pack_blocks(kind, codes, stored)}
+        tensors, choice = self._from_stream(layer) or self._from_codes(layer.unpack())
         if layer.bias is not None:
             tensors["bias"] = _stored_bias(layer.bias)
         return EncodedLayer(tensors, choice)
@@ -207,10 +202,29 @@ class GgufFormat(Format):
 
         return GgufWriter(out, source, self, force=force)
 
-    def _choice(self, layer: QuantizedLinear) -> TypeChoice:
-        if self.forced is None:
-            return choose(layer)
-        return TypeChoice(self.forced.name, self.forced.bits_per_weight, "forced")
+    def _from_stream(self, layer: QuantizedLinear | PackedLinear) -> tuple[dict[str, Tensor], TypeChoice] | None:
+        """Packed 2-bit codes whose zeros all fit Q2_0, which holds the same stream; None for any other layer."""
+        kind = BLOCK_TYPES["Q2_0"]
+        if not isinstance(layer, PackedLinear) or layer.scheme.bits != kind.bits or self.forced not in (None, kind):
+            return None
+        if refusal(kind, layer.scheme, layer.in_features) or not bool(((layer.zeros == 1) | (layer.zeros == 2)).all()):
+            return None
+        flip, times = layer.zeros == 2, layer.scheme.width(layer.in_features) // kind.block
+        scales = _stored_scales(torch.where(flip, -layer.scales, layer.scales)).repeat_interleave(times, dim=1)
+        blocks = stream_blocks(kind, layer.words, flip.repeat_interleave(times, dim=1), scales)
+        return {"blocks": blocks}, self._choice(kind)
+
+    def _from_codes(self, layer: QuantizedLinear) -> tuple[dict[str, Tensor], TypeChoice]:
+        choice = choose(layer) if self.forced is None else self._choice(self.forced)
+        kind = BLOCK_TYPES[choice.type]
+        codes, scales, found = integers(layer, kind)
+        if not found.exact:
+            choice = replace(choice, exact=False, reason=f"forced; q - z clipped to {kind.low}..{kind.high}")
+        stored = _stored_scales(scales).repeat_interleave(layer.scheme.width(layer.in_features) // kind.block, dim=1)
+        return {"blocks": pack_blocks(kind, codes, stored)}, choice
+
+    def _choice(self, kind: BlockType) -> TypeChoice:
+        return TypeChoice(kind.name, kind.bits_per_weight, "forced" if self.forced else within(kind))
 
     def _kind(self, shapes: Mapping[str, tuple[int, ...]]) -> BlockType:
         shape = shapes.get("blocks", ())

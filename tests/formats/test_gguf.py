@@ -13,6 +13,7 @@ from formats.base import Exactness
 from formats.conformance import round_trip
 from formats.errors import CheckpointError, InputError, UnsupportedSchemeError
 from formats.gguf.blocks import BLOCK_TYPES, WRITABLE, pack_blocks, unpack_blocks
+from formats.packed import PackedLinear
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "gguf_blocks.safetensors")
 GGUF = get_format("gguf")
@@ -186,6 +187,16 @@ class TestAForcedType:
     def test_unknown_ones_are_refused(self) -> None:
         with pytest.raises(InputError, match=r"gguf-type is 'Q4_K'; allowed are auto, Q2_0, Q4_0, Q5_0, Q8_0"):
             forced("Q4_K")
+
+
+@pytest.mark.parametrize("group_size", [64, 128, -1])
+@pytest.mark.parametrize("zeros", [[1], [2], [1, 2], [1, 2, 3]])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_packed_codes_become_the_same_bytes(bits, zeros, group_size) -> None:
+    layer = replace(spanning(bits, zeros, 33, 256, group_size), bias=torch.randn(33))
+    packed, plain = GGUF.encode(PackedLinear.pack(layer)), GGUF.encode(layer)
+    assert packed.choice == plain.choice
+    assert all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
 class TestScales:
