@@ -1,4 +1,4 @@
-"""The gguf package, loaded when a file is written or read."""
+"""The packages that know GGUF and tokenizers, loaded when a file is written or read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import MissingExtraError
 
-__all__ = ["gguf_package", "transformers_package"]
+__all__ = ["gguf_package", "package"]
 
 
 def gguf_package() -> Any:
@@ -17,15 +17,15 @@ def gguf_package() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    return _package("gguf")
+    return package("gguf")
 
 
-def transformers_package() -> Any:
-    """transformers, which the gguf package's tokenizer readers use as well."""
-    return _package("transformers")
+def package(name: str) -> Any:
+    """A package by its import name.
 
-
-def _package(name: str) -> Any:
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     if importlib.util.find_spec(name) is None:
         raise MissingExtraError(name, "gguf", "GGUF")
     return importlib.import_module(name)

@@ -1,6 +1,6 @@
 """The tokenizer of a Hugging Face folder as llama.cpp's metadata.
 
-The libraries that own it read it: transformers, sentencepiece or ``gguf.LlamaHfVocab`` the vocabulary,
+The libraries that own it read it: tokenizers, transformers, sentencepiece or ``gguf.LlamaHfVocab`` the vocabulary,
 ``gguf.SpecialVocab`` merges, special tokens and chat templates, as in llama.cpp's own converter. Like it, this does not
 use ``gguf.BpeVocab``: that takes ``vocab.json`` where there is one, and then misses tokens that only
 ``tokenizer.json`` adds (Qwen2), and calls special tokens inside the vocabulary normal.
@@ -14,7 +14,6 @@ Source: ``conversion/base.py`` (``get_vocab_base``, ``_create_vocab_sentencepiec
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,8 +23,9 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .keys import MERGES, head_bytes, metadata_bytes
-from .library import gguf_package, transformers_package
+from .library import gguf_package, package
 from .pre_tokenizers import recognise
+from .vocabulary import Vocabulary, load_vocabulary, read_object
 
 __all__ = ["add_tokenizer", "copy_tokenizer", "write_tokenizer"]
 
@@ -52,31 +52,35 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int, pre_tokenizer: str
         raise CheckpointError(
             f"{folder} has no tokenizer ({', '.join(_FILES)}); a GGUF file carries one, copy it there"
         )
-    tokenizer = _load(folder)
-    known = _json(folder / "tokenizer.json") or json.loads(tokenizer.backend_tokenizer.to_str())
+    known = load_vocabulary(folder)
+    model = known.file.get("model", {})
+    if model.get("type") != "BPE":
+        raise CheckpointError(
+            f"the tokenizer of {folder} is {model.get('type')}; BPE and SentencePiece's BPE are written"
+        )
     tokens, scores, types = _placeholders(vocabulary)
-    byte_level = not known.get("model", {}).get("byte_fallback", False)
+    byte_level = not model.get("byte_fallback", False)
     if byte_level:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_tokenizer or recognise(known))
-        _fill(tokens, types, {index: token for token, index in tokenizer.get_vocab().items()}, vocabulary)
+        writer.add_tokenizer_pre(pre_tokenizer or recognise(known.file))
+        _fill(tokens, types, known.tokens, vocabulary)
     else:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        for index, (token, score, kind) in enumerate(_pieces(folder, known)):
+        for index, (token, score, kind) in enumerate(_pieces(folder, model)):
             _check_id(index, vocabulary)
             tokens[index], scores[index], types[index] = token, score, kind
-    _add_special(tokenizer, tokens, scores, types)
+    _add_special(known, tokens, scores, types)
     writer.add_token_list(tokens)
     if not byte_level:
         writer.add_token_scores(scores)
-        prefix = (_json(folder / "tokenizer_config.json") or {}).get("add_prefix_space")
+        prefix = read_object(folder / "tokenizer_config.json").get("add_prefix_space")
         if isinstance(prefix, bool):
             writer.add_add_space_prefix(prefix)
     writer.add_token_types(types)
     with _quiet():
         special = gguf_package().SpecialVocab(folder, load_merges=byte_level, n_vocab=vocabulary)
-        special.add_special_token |= _added_around_text(tokenizer)  # it guesses from templates
+        special.add_special_token |= known.around  # it guesses from templates
         special.add_to_gguf(writer, quiet=True)
     return byte_level and not special.merges
 
@@ -106,19 +110,10 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "tokenizer.gguf").write_bytes(head_bytes(0, count) + entries)
         try:
-            tokenizer = transformers_package().AutoTokenizer.from_pretrained(scratch, gguf_file="tokenizer.gguf")
+            tokenizer = package("transformers").AutoTokenizer.from_pretrained(scratch, gguf_file="tokenizer.gguf")
         except Exception as exc:  # the tokenizers library raises nothing narrower
             raise CheckpointError(f"transformers does not build the tokenizer: {type(exc).__name__}: {exc}") from exc
     tokenizer.save_pretrained(folder)
-
-
-def _load(folder: Path) -> Any:
-    try:
-        return transformers_package().AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as exc:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(f"transformers does not load the tokenizer of {folder}: {exc}") from exc
 
 
 def _placeholders(vocabulary: int) -> tuple[list[str], list[float], list[int]]:
@@ -138,7 +133,7 @@ def _check_id(index: int, rows: int) -> None:
         raise CheckpointError(f"the tokenizer has id {index}, the embedding {rows} rows; they do not belong together")
 
 
-def _pieces(folder: Path, known: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+def _pieces(folder: Path, model: Mapping[str, Any]) -> list[tuple[str, float, int]]:
     """Token, score and type of a SentencePiece vocabulary, by id."""
     gguf = gguf_package()
     if (folder / "tokenizer.model").is_file():
@@ -146,29 +141,22 @@ def _pieces(folder: Path, known: Mapping[str, Any]) -> list[tuple[str, float, in
         return [(bytes(text).decode(), score, int(kind)) for text, score, kind in vocabulary.all_tokens()]
     vocabulary = gguf.LlamaHfVocab(folder)
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(known["model"]["merges"]):
+    for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
     texts = ((bytes(text).decode(), score, int(kind)) for text, score, kind in vocabulary.all_tokens())
     return [(text, -float(ranks[text]) if text in ranks else score, kind) for text, score, kind in texts]
 
 
-def _add_special(tokenizer: Any, tokens: list[str], scores: list[float], types: list[int]) -> None:
+def _add_special(vocabulary: Vocabulary, tokens: list[str], scores: list[float], types: list[int]) -> None:
     """Marks added tokens: control tokens, which text cannot spell, and others, which are matched whole."""
     kinds = gguf_package().TokenType
-    for index, token in tokenizer.added_tokens_decoder.items():
+    for index, token in vocabulary.added.items():
         _check_id(index, len(tokens))
         text = token.content
         control = token.special or (text.startswith("<|") and text.endswith("|>"))
         tokens[index] = text if control else text.replace("\u2581", " ")
         types[index] = int(kinds.CONTROL if control else kinds.USER_DEFINED)
         scores[index] = -1000.0
-
-
-def _added_around_text(tokenizer: Any) -> dict[str, bool]:
-    """Whether encoding adds bos and eos; llama.cpp otherwise decides by the kind of tokenizer."""
-    ids = tokenizer.encode("a")
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return {"bos": bos is not None and ids[:1] == [bos], "eos": eos is not None and len(ids) > 1 and ids[-1:] == [eos]}
 
 
 @contextmanager
@@ -181,13 +169,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise CheckpointError(f"{path} is not JSON: {exc}") from exc
-    return value if isinstance(value, dict) else None
