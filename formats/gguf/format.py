@@ -134,6 +134,8 @@ class GgufFormat(Format):
         """EXACT_WEIGHTS when every scale is an fp16 number and no integer is clipped."""
         if not torch.equal(layer.scales.half().to(layer.scales.dtype), layer.scales):
             return Exactness.ROUNDED
+        if self.forced is None and layer.scheme.bits < WRITABLE[-1].bits:
+            return Exactness.EXACT_WEIGHTS  # the widest type holds whatever the zeros are
         return Exactness.EXACT_WEIGHTS if fit(layer, self.forced or WRITABLE[-1]).exact else Exactness.ROUNDED
 
     def bound(self, layer: QuantizedLinear) -> Tensor:

@@ -218,6 +218,33 @@ class TestTokenizers:
         for text in [*TEXTS, "a<|endoftext|>b"]:
             assert ids(text) == theirs.encode(text), text
 
+    def test_an_older_folder_without_tokenizer_json(self, tmp_path) -> None:
+        from tokenizers import pre_tokenizers as splits  # noqa: PLC0415
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        made = self.trained(tmp_path / "made", splits.ByteLevel(add_prefix_space=False), False, None)
+        model = json.loads((made / "tokenizer.json").read_text())["model"]
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text(
+            "\n".join(["#version: 0.2", *(" ".join(merge) for merge in model["merges"])])
+        )
+        added = {"content": "<|im_start|>", "special": True, "normalized": False}
+        added |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+        settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+        settings |= {"added_tokens_decoder": {"600": added}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "config.json").write_text("{}")
+        ids = self.ids(folder, tmp_path / "tokenizer.gguf", 610)
+        metadata = read_header(tmp_path / "tokenizer.gguf").metadata
+        assert metadata["tokenizer.ggml.pre"] == "qwen2"
+        assert metadata["tokenizer.ggml.tokens"][600:602] == ["<|im_start|>", "[PAD601]"]
+        assert metadata["tokenizer.ggml.token_type"][600:602] == [3, 5]
+        theirs = AutoTokenizer.from_pretrained(folder)
+        for text in [*TEXTS, "<|im_start|>user"]:
+            assert ids(text) == theirs.encode(text), text
+
     def test_sentencepiece_ones_too_with_and_without_their_model(self, tmp_path) -> None:
         sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install 'eqat[gguf]'")
         from transformers import AutoTokenizer  # noqa: PLC0415
