@@ -45,6 +45,7 @@ class LlamaCppSession(Session):
     """One GGUF file in llama.cpp."""
 
     dtype = torch.float32
+    device = "cpu"
     yardstick_name = "our own with int8 activations"
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -134,10 +134,14 @@ class GgufWriter(ModelWriter):
 
     def __enter__(self) -> GgufWriter:
         self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._working.open("wb")
-        return self
+        try:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._working.open("wb")
+            return self
+        except BaseException:  # an interrupt that comes before the with block begins would leave the file behind
+            self._remove()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -147,14 +151,17 @@ class GgufWriter(ModelWriter):
                 with writing(self.path):
                     self._publish()
         finally:
-            if self._file is not None:
-                with contextlib.suppress(OSError):  # a full disk fails again here
-                    self._file.close()
-            self._working.unlink(missing_ok=True)
-            if not self.path.exists():
-                for parent in self._new_parents:
-                    with contextlib.suppress(OSError):  # someone else may have put something there
-                        parent.rmdir()
+            self._remove()
+
+    def _remove(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk fails again here
+                self._file.close()
+        self._working.unlink(missing_ok=True)
+        if not self.path.exists():
+            for parent in self._new_parents:
+                with contextlib.suppress(OSError):  # someone else may have put something there
+                    parent.rmdir()
 
     def _check_output(self) -> None:
         if not os.path.lexists(self.path):
