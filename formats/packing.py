@@ -62,10 +62,13 @@ def pack_bits(
         raise ValueError(f"value {int(values.max())} does not fit in {bits} bits")
     count = values.shape[axis]
     words = packed_length(count, bits, container, per_word)
-    rows = values.movedim(axis, -1)
     period, period_bytes = _period(bits, word_bits, per_word)
+    runs, rest = divmod(word_bits // 8, period_bytes)
+    if axis % values.dim() == 0 and values.dim() > 1 and not rest:
+        return _pack_down(values, bits, container, runs * period, words)
     periods = math.ceil(words * word_bits / 8 / period_bytes)
     padding = periods * period - count
+    rows = values.movedim(axis, -1)
     if padding:
         rows = torch.nn.functional.pad(rows, (0, padding))
     source = rows.reshape(*rows.shape[:-1], periods, period)
@@ -196,6 +199,20 @@ def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor
 def _field(words: Tensor, low: int, width: int) -> Tensor:
     """Bits ``low .. low+width-1`` of int32 words, as non-negative numbers unless they are all 32."""
     return words if width == 32 else (words >> low) & ((1 << width) - 1)
+
+
+def _pack_down(values: Tensor, bits: int, container: torch.dtype, per_word: int, words: int) -> Tensor:
+    """``pack_bits`` along the first axis, ``per_word`` whole values a word: rows are combined as they lie."""
+    padding = words * per_word - values.shape[0]
+    rows = torch.cat([values, values.new_zeros(padding, *values.shape[1:])]) if padding else values
+    source = rows.unflatten(0, (words, per_word))
+    stream = values.new_zeros(words, *values.shape[1:], _CONTAINER_BITS[container] // 8)
+    for i in range(per_word):
+        byte, shift = divmod(i * bits, 8)
+        stream[..., byte] |= source[:, i] << shift
+        if shift + bits > 8:
+            stream[..., byte + 1] |= source[:, i] >> (8 - shift)
+    return _view_as(stream, container).squeeze(-1)
 
 
 def _view_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
