@@ -150,7 +150,8 @@ def _compare_layer(
     except (CheckpointError, InvalidLayerError) as exc:
         yield error(name, str(exc.__cause__ or exc))
         return
-    weight, exact = _dense(ours), _dense(theirs)
+    stored = checkpoint.stored_weight(name, ours) if isinstance(ours, QuantizedLinear) else None
+    weight, exact = _dense(ours) if stored is None else stored, _dense(theirs)
     if weight.shape != exact.shape:
         yield error(name, f"has weights {list(weight.shape)}, not {list(exact.shape)}")
         return
@@ -168,7 +169,7 @@ def _compare_layer(
         if isinstance(ours, QuantizedLinear):
             ours = turn_back(ours, theirs)
             counts = _counts(ours, theirs)
-        ok = compare(theirs, ours, form).ok and not counts[0] and not counts[1]
+        ok = compare(theirs, ours, form, stored).ok and not counts[0] and not counts[1]
         bound = form.bound(theirs)
     shares = torch.where(difference == 0, 0.0, difference / bound)
     result.rows.append(LayerRow(name, *counts, float(difference.max()), float(shares.max()), relative, ok))

@@ -23,9 +23,10 @@ from formats import available_formats, get_format
 from formats.affine import dequantize
 from formats.base import Exactness, Format, PackedFormat
 from formats.container import Choice, ModelWriter
+from formats.dense import DenseFormat
 from formats.errors import CheckpointError, InputError, UnsupportedSchemeError
-from formats.model import Checkpoint, open_checkpoint
-from formats.model_writer import create_model, write_layer
+from formats.model import Checkpoint, holds, open_checkpoint
+from formats.model_writer import create_model, encode_layer, write_layer
 from formats.packed import PackedLinear
 from formats.types import QuantizedLinear, QuantScheme
 
@@ -79,6 +80,7 @@ class Conversion:
     Attributes:
         exactness: exactness class of every layer written.
         rounded: layers whose weights were rounded.
+        read: layers whose source stores zero-points as rounded products; what taking whole ones costs.
         casts: passthrough tensors whose cast was not exact (``dense`` only).
         weights: parameters inside quantized layers.
         layer_bytes: bytes that the layers take in the output.
@@ -94,6 +96,7 @@ class Conversion:
     layers: int
     exactness: Counter[Exactness] = field(default_factory=Counter)
     rounded: Rounding = field(default_factory=Rounding)
+    read: Rounding = field(default_factory=Rounding)
     casts: Rounding = field(default_factory=Rounding)
     weights: int = 0
     layer_bytes: int = 0
@@ -117,6 +120,7 @@ class Conversion:
             "layers": self.layers,
             "exactness": {kind.value: count for kind, count in self.exactness.items()},
             "rounded": vars(self.rounded),
+            "read": vars(self.read),
             "casts": vars(self.casts),
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.total_bytes,
@@ -179,6 +183,8 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
         UnsupportedSchemeError: the first layer that the format cannot hold, by name, or cannot hold beside the others.
     """
     for name in checkpoint.layer_names:
+        if not holds(form, name):
+            continue
         try:
             form.check(checkpoint.layer_scheme(name), *checkpoint.layer_features(name))
         except UnsupportedSchemeError as error:
@@ -190,13 +196,15 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
 
 def formats_that_hold(checkpoint: Checkpoint) -> list[str]:
     """Ids of the formats whose ``check`` accepts every layer, dense aside, which always does."""
-    shapes = {(checkpoint.layer_scheme(name), *checkpoint.layer_features(name)) for name in checkpoint.layer_names}
-    return [fmt.id for fmt in map(get_format, available_formats()) if fmt.readable and _holds(fmt, shapes)]
+    shapes = {
+        name: (checkpoint.layer_scheme(name), *checkpoint.layer_features(name)) for name in checkpoint.layer_names
+    }
+    return [fmt.id for fmt in map(get_format, available_formats()) if fmt.readable and _holds_all(fmt, shapes)]
 
 
-def _holds(fmt: Format, layers: set[tuple[QuantScheme, int, int]]) -> bool:
+def _holds_all(fmt: Format, layers: Mapping[str, tuple[QuantScheme, int, int]]) -> bool:
     try:
-        for layer in layers:
+        for layer in {layer for name, layer in layers.items() if holds(fmt, name)}:
             fmt.check(*layer)
     except UnsupportedSchemeError:
         return False
@@ -205,12 +213,32 @@ def _holds(fmt: Format, layers: set[tuple[QuantScheme, int, int]]) -> bool:
 
 def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
     layer = _as_configured(checkpoint, name)
-    stored = write_layer(writer, form, name, layer)
-    size = sum(tensor.nbytes for tensor in stored.values())
+    if checkpoint.format is not None and checkpoint.format.rounds_zeros:
+        _measure_reading(checkpoint, checkpoint.format, name, layer.unpack(), result.read)
+    if holds(form, name):
+        stored = write_layer(writer, form, name, layer)
+        result.weights += layer.out_features * layer.in_features
+        result.layer_bytes += sum(tensor.nbytes for tensor in stored.values())
+    else:  # ordinary weights, in the dtype of the scales
+        form = DenseFormat(layer.scales.dtype)
+        stored = encode_layer(form, name, layer)
+        for local, tensor in stored.items():
+            writer.add(f"{name}.{local}", tensor)
     result.exactness[_measure(form, name, layer, stored, result.rounded)] += 1
-    result.weights += layer.out_features * layer.in_features
-    result.layer_bytes += size
-    result.total_bytes += size
+    result.total_bytes += sum(tensor.nbytes for tensor in stored.values())
+
+
+def _measure_reading(
+    checkpoint: Checkpoint, source: Format, name: str, layer: QuantizedLinear, rounding: Rounding
+) -> None:
+    """Adds how far a layer's decoded weight is from the one that its own readers compute with."""
+    tensors, differs = checkpoint.layer_tensors(name), False
+    for rows, part in layer.row_blocks():
+        exact, decoded = source.stored_weight(tensors, layer, rows), dequantize(part)
+        if not torch.equal(exact, decoded):
+            rounding.add(name, exact, decoded, (decoded - exact).abs())  # decoding has set the limit already
+            differs = True
+    rounding.tensors += differs
 
 
 def _as_configured(checkpoint: Checkpoint, name: str) -> QuantizedLinear | PackedLinear:
@@ -240,13 +268,9 @@ def _measure(
     plain = layer.unpack()
     kind = max((form.exactness(part) for _, part in plain.row_blocks()), key=list(Exactness).index)
     if kind is Exactness.ROUNDED:
-        held = form.decode(stored, layer.scheme) if form.readable else stored[form.marker]
-        parts = (
-            (held[rows] for rows, _ in plain.row_blocks())
-            if isinstance(held, Tensor)
-            else (dequantize(part) for _, part in held.row_blocks())
-        )
-        for (_, part), found in zip(plain.row_blocks(), parts, strict=True):
+        held = form.decode(stored, layer.scheme) if form.readable else None
+        for rows, part in plain.row_blocks():
+            found = stored[form.marker][rows] if held is None else form.stored_weight(stored, held, rows)
             rounding.add(name, dequantize(part), found, form.bound(part))
         rounding.tensors += 1
     return kind

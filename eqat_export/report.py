@@ -89,6 +89,13 @@ def exactness_lines(conversion: Conversion) -> list[str]:
             f"ROUNDED: {rounded.tensors} of {conversion.layers} layers; largest error {rounded.error:.3g} "
             f"(allowed there {rounded.bound:.3g}) in {rounded.where}, largest relative error {rounded.relative:.3g}"
         )
+    read = conversion.read
+    if read.tensors:
+        lines.append(
+            f"ROUNDED: {read.tensors} of {conversion.layers} layers on reading, where {conversion.source_format} has "
+            f"rounded products for zero-points; largest error {read.error:.3g} in {read.where}, largest relative error "
+            f"{read.relative:.3g}"
+        )
     casts = conversion.casts
     if casts.tensors:
         lines.append(

@@ -28,7 +28,6 @@ from eqat_export.quiet import library_output_hidden
 from eqat_export.runtimes.base import Runtime, Session
 from eqat_export.runtimes.reference import reference_logits, token_ids
 from eqat_export.tensors import dtype_name
-from formats.affine import dequantize
 from formats.errors import CheckpointError
 from formats.model import Checkpoint
 from formats.types import QuantizedLinear
@@ -85,7 +84,7 @@ class RuntimeResult:
     error_rms: float = 0.0
     own_max: float = 0.0
     own_rms: float = 0.0
-    yardstick: str = "our own"
+    yardstick: str = ""
     logit_std: float = 0.0
     output_error: float = 0.0
     output_ratio: float = 0.0
@@ -136,7 +135,7 @@ class RuntimeResult:
             )
         return (
             f"logits on {self.tokens[0]} x {self.tokens[1]} tokens: rms error {self.error_rms:.3g} (allowed "
-            f"{RMS_FACTOR:g} x {self.yardstick} in {self.dtype}, {self.own_rms:.3g}), largest {self.error_max:.3g} "
+            f"{RMS_FACTOR:g} x {self.yardstick}, {self.own_rms:.3g}), largest {self.error_max:.3g} "
             f"(allowed {MAX_FACTOR:g} x {self.own_max:.3g}), logit std {self.logit_std:.3g}"
         )
 
@@ -181,11 +180,13 @@ def check_runtime(checkpoint: Checkpoint, runtime: Runtime, ids: Tensor | None =
 def _compare_logits(
     checkpoint: Checkpoint, session: Session, ids: Tensor, theirs: Tensor, device: torch.device, result: RuntimeResult
 ) -> None:
-    finer = torch.float64 if session.dtype == torch.float32 else torch.float32
+    dtype = session.logits_dtype or session.dtype
+    finer = torch.float64 if dtype == torch.float32 else torch.float32
     exact = reference_logits(checkpoint, ids, finer, device)
     coarse = session.yardstick(ids.to(device))
     if coarse is None:
-        coarse = reference_logits(checkpoint, ids, session.dtype, device)
+        coarse = reference_logits(checkpoint, ids, dtype, device)
+        result.yardstick = f"our own in {dtype_name(dtype)}"
     else:
         result.yardstick = session.yardstick_name
     result.tokens = tuple(ids.shape)
@@ -204,7 +205,7 @@ def _compare_layer(
             f"{result.runtime} has no module {name}; config.json and the layers contradict each other"
         )
     layer = checkpoint.layer(name)
-    weight = dequantize(layer).to(session.dtype)  # [out, in]
+    weight = checkpoint.stored_weight(name, layer).to(session.dtype)  # [out, in]
     columns = probe_columns(layer)
     wrong = 0
     for chunk in columns.split(PROBE_ROWS):

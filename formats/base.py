@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .affine import dequantize
 from .container import ModelReader, ModelWriter
 from .errors import CheckpointError
 from .packed import PackedLinear
@@ -76,6 +77,10 @@ class Format(ABC):
         marker: local name of the tensor whose presence marks a quantized layer, e.g. ``"qweight"``.
         local_names: every local tensor name a layer may have; anything else beside a layer is passed through.
         readable: False for layouts that cannot be decoded to codes (dense weights).
+        rounds_zeros: True where zero-points are stored as products with the scale, which may be rounded:
+            ``stored_weight`` is then not always ``(q - z) * s``.
+        embeddings: True where readers take a quantized token embedding; elsewhere it is written as ordinary weights.
+        config_keys: keys of ``config.json`` that hold the quantization configuration.
         options: what the constructor takes.
         takes_packed: True where ``encode`` takes a PackedLinear as well, because unpacking can be spared.
         suffix: how names of the format's own files end, e.g. ``.gguf``; empty where a model is a folder.
@@ -86,6 +91,9 @@ class Format(ABC):
     marker: ClassVar[str]
     local_names: ClassVar[tuple[str, ...]]
     readable: ClassVar[bool] = True
+    rounds_zeros: ClassVar[bool] = False
+    embeddings: ClassVar[bool] = False
+    config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
     options: ClassVar[tuple[FormatOption, ...]] = ()
     takes_packed: ClassVar[bool] = False
     suffix: ClassVar[str] = ""
@@ -153,6 +161,10 @@ class Format(ABC):
         """The dtype ``config.json`` has to name for readers to take the tensors as stored; None keeps the source's."""
         return None
 
+    def adapted_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The source's ``config.json``, without its quantization, as this format's readers need it."""
+        return dict(config)
+
     def passthrough_dtype(self) -> torch.dtype | None:
         """The dtype that tensors of no quantized layer are cast to; None keeps each one's own."""
         return None
@@ -173,9 +185,23 @@ class Format(ABC):
         """This format as the producer named in ``config`` writes it."""
         return self
 
+    def as_stored(self, dtypes: Mapping[str, torch.dtype]) -> Format:
+        """This format with the options that a checkpoint was written with, as its first layer's local dtypes tell."""
+        return self
+
     def layer_scheme(self, config: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantScheme:
         """Scheme of one layer: ``name`` is its module path, ``shapes`` its local tensors' shapes."""
         return self.parse_config(config)
+
+    def stored_weight(self, tensors: Mapping[str, Tensor], layer: QuantizedLinear, rows: slice = slice(None)) -> Tensor:
+        """The weight that readers compute from local tensors, fp32 ``[out, in]``.
+
+        Args:
+            tensors: a layer as stored.
+            layer: the same, decoded.
+            rows: which outputs.
+        """
+        return dequantize(layer.rows(rows))
 
     def reads(self, path: Path) -> bool:
         """True for a path that this format's own container opens; safetensors folders need no claim."""

@@ -25,8 +25,8 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # gptqmodel's order (gptqmodel/quantization/config.py, QUANT_CONFIG_FILENAME_COMPAT); config.json comes last.
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
-# Inside config.json; the second is what compressed-tensors wrote in 2024, and vLLM still reads.
-CONFIG_KEYS = ("quantization_config", "compression_config")
+# Inside config.json; the second is what compressed-tensors wrote in 2024, and vLLM still reads, the third is mlx-lm's.
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -36,8 +36,8 @@ class CheckpointReader:
     Attributes:
         folder: the folder.
         config: ``config.json``.
-        quantization_config: the first of ``quantize_config.json``, ``quant_config.json`` and
-            ``config.json["quantization_config"]``; empty if there is none.
+        quantization_config: the first of ``quantize_config.json``, ``quant_config.json``,
+            ``config.json["quantization_config"]`` and ``config.json["quantization"]``; empty if there is none.
         tensors: read-only name -> TensorInfo, in file order.
 
     Raises:
@@ -105,10 +105,13 @@ class CheckpointReader:
             path = self.folder / name
             if path.exists():
                 return read_json(path)
-        inside: Any = next((self.config[key] for key in CONFIG_KEYS if self.config.get(key)), {})
-        if not isinstance(inside, dict):
-            raise CheckpointError(f"{self.folder / 'config.json'}: quantization_config is not an object")
-        return inside
+        for key in CONFIG_KEYS:
+            inside = self.config.get(key)
+            if inside and not isinstance(inside, dict):
+                raise CheckpointError(f"{self.folder / 'config.json'}: {key} is not an object")
+            if inside:
+                return inside
+        return {}
 
     def _read_headers(self) -> dict[str, TensorInfo]:
         index = self.folder / INDEX_NAME

@@ -43,29 +43,39 @@ class LayerComparison:
     ok: bool
 
 
-def compare(source: QuantizedLinear, result: QuantizedLinear | Tensor, fmt: Format) -> LayerComparison:
+def compare(
+    source: QuantizedLinear, result: QuantizedLinear | Tensor, fmt: Format, weight: Tensor | None = None
+) -> LayerComparison:
     """Compares a layer with what was read back from ``fmt``.
 
     Args:
         source: the layer that was written.
         result: the layer read back, or its weight ``[out, in]`` where the format holds no codes.
         fmt: the format it was written in.
+        weight: what the format's readers compute with, fp32 ``[out, in]``, where that is not ``(q - z) * s``.
     """
-    return _compare(source, result, fmt, result.bias if isinstance(result, QuantizedLinear) else source.bias)
+    bias = result.bias if isinstance(result, QuantizedLinear) else source.bias
+    return _compare(source, result, fmt, bias, weight)
 
 
 def round_trip(layer: QuantizedLinear, fmt: Format) -> LayerComparison:
     """Encodes, decodes and compares one layer."""
     tensors = fmt.encode(layer)
     if fmt.readable:
-        return compare(layer, fmt.decode(tensors, layer.scheme), fmt)
+        decoded = fmt.decode(tensors, layer.scheme)
+        return compare(layer, decoded, fmt, fmt.stored_weight(tensors, decoded))
     return _compare(layer, tensors["weight"], fmt, tensors.get("bias"))
 
 
 def _compare(
-    source: QuantizedLinear, result: QuantizedLinear | Tensor, fmt: Format, bias: Tensor | None
+    source: QuantizedLinear,
+    result: QuantizedLinear | Tensor,
+    fmt: Format,
+    bias: Tensor | None,
+    weight: Tensor | None = None,
 ) -> LayerComparison:
-    weight = result.float() if isinstance(result, Tensor) else dequantize(result)
+    if weight is None:
+        weight = result.float() if isinstance(result, Tensor) else dequantize(result)
     expected = dequantize(source)
     exactness = fmt.exactness(source)
     if weight.shape != expected.shape:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .affine import dequantize
 from .base import Format, PackedFormat
 from .checkpoint import CheckpointReader
 from .container import ModelReader
@@ -22,8 +21,9 @@ from .packed import PackedLinear
 from .registry import available_formats, get_format
 from .types import QuantizedLinear, QuantScheme
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "holds", "open_checkpoint"]
 
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 _PACKED_SUFFIXES = (".qweight", ".weight_packed", ".qzeros")
 
 
@@ -73,7 +73,8 @@ class Checkpoint:
                     _ = self.scheme  # the configuration may tell why
                 raise CheckpointError(f"{reader.folder} has no {fmt.id} layer: no tensor is named *{suffix}")
             self.config = reader.quantization_config or self._infer(fmt)
-            self.format = fmt.configured(self.config)
+            first = {local: reader.tensors[f"{self.layer_names[0]}.{local}"].dtype for local in self._first_locals(fmt)}
+            self.format = fmt.configured(self.config).as_stored(first)
             _ = self.scheme  # a configuration that cannot be read is found on opening
         self.passthrough_names = tuple(name for name in reader.tensors if name not in self._owned)
 
@@ -152,6 +153,17 @@ class Checkpoint:
         with self._naming(name):
             return fmt.decode_packed(tensors, scheme)
 
+    def stored_weight(self, name: str, layer: QuantizedLinear, rows: slice = slice(None)) -> Tensor:
+        """The weight that the format's readers compute with, fp32 ``[out, in]``.
+
+        Args:
+            name: a quantized layer.
+            layer: the same, decoded.
+            rows: which outputs.
+        """
+        fmt = self._format_of(name)
+        return fmt.stored_weight(self.layer_tensors(name) if fmt.rounds_zeros else {}, layer, rows)
+
     def get(self, name: str) -> Tensor:
         """One tensor as stored, by its full name."""
         return self.reader.get(name)
@@ -168,7 +180,7 @@ class Checkpoint:
                 yield name, _cast(self.reader.get(name), dtype)
             elif suffix is not None and name.endswith(suffix):
                 layer = self.layer(self._owned[name])
-                yield f"{self._owned[name]}.weight", _cast(dequantize(layer), dtype)
+                yield f"{self._owned[name]}.weight", _cast(self.stored_weight(self._owned[name], layer), dtype)
                 if layer.bias is not None:
                     yield f"{self._owned[name]}.bias", _cast(layer.bias, dtype)
 
@@ -189,6 +201,9 @@ class Checkpoint:
         except CheckpointError as exc:
             raise CheckpointError(f"layer {name} of {self.reader.folder}: {exc}") from exc
 
+    def _first_locals(self, fmt: Format) -> Iterator[str]:
+        return (local for local in fmt.local_names if f"{self.layer_names[0]}.{local}" in self._owned)
+
     def _infer(self, fmt: Format) -> dict[str, Any]:
         self.format = fmt
         try:
@@ -200,6 +215,11 @@ class Checkpoint:
         if self.format is None:
             raise CheckpointError(f"{self.reader.folder} is in full precision; it has no quantized layer {name!r}")
         return self.format
+
+
+def holds(fmt: Format, name: str) -> bool:
+    """True unless the module is a token embedding, and this format's readers take those as ordinary weights only."""
+    return fmt.embeddings or name.rpartition(".")[2] not in EMBEDDINGS
 
 
 def _containers(asked: Format | None) -> Iterator[Format]:

@@ -14,7 +14,7 @@ from .checkpoint import CheckpointWriter
 from .checkpoint_reader import CONFIG_KEYS
 from .container import HasCompanions, ModelWriter
 from .errors import UnsupportedSchemeError
-from .model import Checkpoint
+from .model import Checkpoint, holds
 from .packed import PackedLinear
 from .types import QuantizedLinear, QuantScheme
 
@@ -66,7 +66,7 @@ class FolderWriter(ModelWriter):
                 self._format,
                 source.scheme,
                 source.ignore,
-                overrides=source.overrides,
+                overrides={name: own for name, own in source.overrides.items() if holds(self._format, name)},
             )
         if source.reader.folder.is_dir():
             self._writer.copy_companions(source.reader.folder)
@@ -124,16 +124,17 @@ def write_model_config(
 ) -> None:
     """Writes ``config.json`` and the format's sidecar files.
 
-    Every field of ``source_config`` is kept but quantization_config, and the dtype where the format has to name one.
+    Every field of ``source_config`` is kept but its quantization's, and the dtype where the format has to name one.
     """
     config = {key: value for key, value in source_config.items() if key not in CONFIG_KEYS}
+    config = fmt.adapted_config(config)
     dtype = fmt.model_dtype()
     if dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config.update(dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
     quantization = fmt.quantization_config(scheme, ignore, overrides)
     if quantization:
-        config["quantization_config"] = quantization
+        config.update(dict.fromkeys(fmt.config_keys, quantization))
     writer.write_json("config.json", config)
     for filename, value in fmt.sidecar_files(scheme, ignore, overrides).items():
         writer.write_json(filename, value)

@@ -158,6 +158,10 @@ class QuantizedLinear(GroupedLayer):
         """Columns of the weight."""
         return self.codes.shape[1]
 
+    def rows(self, rows: slice) -> QuantizedLinear:
+        """The layer of some of the outputs, without its bias."""
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows], bias=None)
+
     def unpack(self) -> QuantizedLinear:
         """Itself; a PackedLinear answers with its codes unpacked."""
         return self
@@ -171,8 +175,7 @@ class QuantizedLinear(GroupedLayer):
         step = max(weights // self.in_features, 1)
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
-            part = replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows], bias=None)
-            yield rows, part
+            yield rows, self.rows(rows)
 
     def complement(self, where: Tensor) -> QuantizedLinear:
         """The same weights from ``(maxq - q, -s, maxq - z)`` in the chosen groups.

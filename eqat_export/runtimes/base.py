@@ -77,12 +77,14 @@ class Session(ABC):
     """A checkpoint loaded in a runtime.
 
     Attributes:
-        dtype: in which the engine computes: its weights must equal ``(q - z) * s`` rounded to it.
+        dtype: in which the engine computes: its weights must equal those of the checkpoint rounded to it.
+        logits_dtype: the dtype whose rounding logits may show, where that is not ``dtype``.
         device: where it runs, when that is not the device it was offered.
         yardstick_name: whose logits ``yardstick`` returns.
     """
 
     dtype: torch.dtype = torch.float16
+    logits_dtype: torch.dtype | None = None
     device: str = ""
     yardstick_name: str = "the engine's own on dense weights"
 

@@ -213,3 +213,16 @@ def test_file_damaged_after_opening(make_folder) -> None:
     (folder / "model.safetensors").write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="cannot read tensor"):
         reader.get("a.weight")
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantization"])
+def test_the_quantization_may_stand_under_mlx_lms_key(make_folder, key) -> None:
+    folder = make_folder({"a": torch.ones(1)}, {key: {"bits": 4}, "other": {"bits": 3}})
+    with CheckpointReader(folder) as reader:
+        assert reader.quantization_config == {"bits": 4}
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantization"])
+def test_a_quantization_that_is_no_object_is_refused(make_folder, key) -> None:
+    with pytest.raises(CheckpointError, match=f"{key} is not an object"):
+        CheckpointReader(make_folder({"a": torch.ones(1)}, {key: 4}))
