@@ -26,6 +26,7 @@ _BUILTIN = {
     "onnx": "formats.onnx:OnnxFormat",
     "dense": "formats.dense:DenseFormat",
     "gguf": "formats.gguf:GgufFormat",
+    "mlx": "formats.mlx:MlxFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"
 

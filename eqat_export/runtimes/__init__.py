@@ -23,6 +23,7 @@ RUNTIMES = MappingProxyType(
         "humming": "eqat_export.runtimes.humming:HummingRuntime",
         "onnxruntime": "eqat_export.runtimes.onnxruntime:OnnxruntimeRuntime",
         "llama.cpp": "eqat_export.runtimes.llama_cpp:LlamaCppRuntime",
+        "mlx": "eqat_export.runtimes.mlx:MlxRuntime",
         "transformers": "eqat_export.runtimes.transformers:TransformersRuntime",
     }
 )
