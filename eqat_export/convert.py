@@ -191,7 +191,7 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
             others = ", ".join(formats_that_hold(checkpoint)) or "none"
             raise UnsupportedSchemeError(f"layer {name}: {error} (formats that hold every layer: {others})") from error
     if checkpoint.scheme is not None:  # some formats have no words for layers that differ
-        form.quantization_config(checkpoint.scheme, checkpoint.ignore, checkpoint.overrides)
+        form.quantization_config(checkpoint.scheme, checkpoint.ignore, checkpoint.overrides_for(form))
 
 
 def formats_that_hold(checkpoint: Checkpoint) -> list[str]:

@@ -94,6 +94,10 @@ class Checkpoint:
         schemes = {name: self.layer_scheme(name) for name in self.layer_names}
         return {name: scheme for name, scheme in schemes.items() if scheme != self.scheme}
 
+    def overrides_for(self, fmt: Format) -> dict[str, QuantScheme]:
+        """Overrides of the layers that another format holds quantized."""
+        return {name: scheme for name, scheme in self.overrides.items() if holds(fmt, name)}
+
     @cached_property
     def ignore(self) -> tuple[str, ...]:
         """Modules beside quantized layers whose matrix is not quantized, and lm_head unless it is.

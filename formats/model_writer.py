@@ -14,7 +14,7 @@ from .checkpoint import CheckpointWriter
 from .checkpoint_reader import CONFIG_KEYS
 from .container import HasCompanions, ModelWriter
 from .errors import UnsupportedSchemeError
-from .model import Checkpoint, holds
+from .model import Checkpoint
 from .packed import PackedLinear
 from .types import QuantizedLinear, QuantScheme
 
@@ -66,7 +66,7 @@ class FolderWriter(ModelWriter):
                 self._format,
                 source.scheme,
                 source.ignore,
-                overrides={name: own for name, own in source.overrides.items() if holds(self._format, name)},
+                overrides=source.overrides_for(self._format),
             )
         if source.reader.folder.is_dir():
             self._writer.copy_companions(source.reader.folder)
