@@ -1,21 +1,17 @@
-"""What gptqmodel's layouts share besides their integers: the configuration, and scales and biases in fp16."""
+"""What gptqmodel's layouts share besides their integers and fp16 scales: the configuration."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .affine import dequantize, expand_groups
-from .base import NO_OVERRIDES, Exactness, PackedFormat
-from .errors import CheckpointError, InvalidLayerError, UnsupportedSchemeError
-from .packed import PackedLinear
+from .base import NO_OVERRIDES, PackedFormat
+from .errors import CheckpointError, InvalidLayerError
+from .fp16_scales import Fp16ScalesFormat
 from .qweight import config_integer
-from .types import QuantizedLinear, QuantScheme
+from .types import QuantScheme
 from .version import __version__
 
 __all__ = ["GptqmodelFormat", "dynamic_rules", "producers"]
@@ -24,43 +20,8 @@ __all__ = ["GptqmodelFormat", "dynamic_rules", "producers"]
 _UNNAMED = "gptq"
 
 
-class GptqmodelFormat(PackedFormat):
+class GptqmodelFormat(Fp16ScalesFormat, PackedFormat):
     """A layout that gptqmodel names in ``checkpoint_format``; exact when scales are fp16 numbers."""
-
-    def stored_scales(self, scales: Tensor) -> Tensor:
-        """fp16.
-
-        Raises:
-            UnsupportedSchemeError: a scale is beyond fp16's largest number.
-        """
-        stored = scales.to(torch.float16)
-        if not torch.isfinite(stored).all():
-            raise UnsupportedSchemeError(
-                f"a scale is {float(scales.abs().max()):g}; {self.id} stores fp16, at most 65504; use --to native"
-            )
-        return stored
-
-    def stored_bias(self, bias: Tensor) -> Tensor:
-        """fp16 where that is exact; otherwise as it is, since readers cast it when they load."""
-        stored = bias.to(torch.float16)
-        return stored if torch.equal(stored.to(bias.dtype), bias) else bias
-
-    def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
-        """EXACT when every scale is an fp16 number."""
-        return Exactness.EXACT if _is_fp16(layer.scales) else Exactness.ROUNDED
-
-    def bound(self, layer: QuantizedLinear) -> Tensor:
-        """``|fp16(s) - s| * |q - z|``, plus half an ulp of each of the two fp32 products; ``[out, in]``."""
-        difference = (layer.scales.double().half().double() - layer.scales.double()).abs()
-        if layer.g_idx is None:
-            columns = expand_groups(difference, layer.in_features, layer.scheme.group_size)
-        else:
-            columns = difference[:, layer.group_index()]
-        weight = dequantize(layer, torch.float64)
-        steps = dequantize(replace(layer, scales=torch.ones_like(layer.scales)), torch.float64).abs()
-        rounding = torch.finfo(torch.float32).eps * weight.abs() + torch.finfo(torch.float32).smallest_normal
-        limit = steps * columns
-        return torch.where(limit == 0, 0.0, limit + rounding).float()
 
     def quantization_config(
         self,
@@ -92,10 +53,6 @@ class GptqmodelFormat(PackedFormat):
     ) -> dict[str, dict[str, Any]]:
         """``quantize_config.json``, which gptqmodel reads before ``config.json``."""
         return {"quantize_config.json": self.quantization_config(scheme, ignore, overrides)}
-
-    def model_dtype(self) -> torch.dtype:
-        """fp16: readers cast scales to the model's dtype, and bf16 would round them."""
-        return torch.float16
 
     def parse_config(self, config: Mapping[str, Any]) -> QuantScheme:
         """bits (or wbits), group_size, sym and desc_act with gptqmodel's defaults."""
@@ -163,7 +120,3 @@ def _labels(config: Mapping[str, Any]) -> set[str]:
     """What the two format fields say; readers disagree on which one wins, so two different labels are no format."""
     found = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)}
     return found or {_UNNAMED}
-
-
-def _is_fp16(scales: Tensor) -> bool:
-    return scales.dtype == torch.float16 or torch.equal(scales.half().to(scales.dtype), scales)

@@ -27,6 +27,7 @@ _BUILTIN = {
     "dense": "formats.dense:DenseFormat",
     "gguf": "formats.gguf:GgufFormat",
     "mlx": "formats.mlx:MlxFormat",
+    "awq": "formats.awq:AwqFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"
 

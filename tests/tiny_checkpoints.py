@@ -13,7 +13,7 @@ from formats.checkpoint import CheckpointReader, CheckpointWriter
 from formats.model import open_checkpoint
 from formats.model_writer import write_layer, write_model_config
 
-__all__ = ["act_order_layer", "quantize_folder", "raw_tensors", "rewrite"]
+__all__ = ["act_order_layer", "mix", "quantize_folder", "raw_tensors", "rewrite"]
 
 LayerChange = Callable[[QuantizedLinear], QuantizedLinear]
 
@@ -53,6 +53,19 @@ def rewrite(checkpoint: Path, out: Path, format_id: str) -> Path:
         assert source.scheme is not None
         write_model_config(writer, source.reader.config, fmt, source.scheme, ("lm_head",))
         writer.copy_companions(checkpoint)
+    return out
+
+
+def mix(base: Path, other: Path, out: Path, *names: str) -> Path:
+    """The native checkpoint ``base`` with some of its layers taken from another one."""
+    with open_checkpoint(base) as source, open_checkpoint(other) as second, CheckpointWriter(out) as writer:
+        for name in source.layer_names:
+            write_layer(writer, source.format, name, (second if name in names else source).layer(name))
+        for name in source.passthrough_names:
+            writer.add(name, source.get(name))
+        overrides = dict.fromkeys(names, second.scheme)
+        write_model_config(writer, source.reader.config, source.format, source.scheme, overrides=overrides)
+        writer.copy_companions(base)
     return out
 
 

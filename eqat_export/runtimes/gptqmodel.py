@@ -1,7 +1,7 @@
 """gptqmodel, by its plain torch kernel.
 
-``GPTQ_TORCH`` reads 2, 3, 4 and 8 bits on every device. AUTO may build an extension for minutes, and
-``gptq_torch_fused`` zeroes the zero-points of asymmetric 4-bit layers, so the kernel is always named.
+``GPTQ_TORCH`` reads 2, 3, 4 and 8 bits on every device, ``AWQ_TORCH`` AWQ's 4. AUTO may build an extension for
+minutes, and ``gptq_torch_fused`` zeroes the zero-points of asymmetric 4-bit layers, so the kernel is always named.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ class GptqmodelRuntime(Runtime):
     package = "gptqmodel"
     requires = ("gptqmodel",)
     extra = "gptq"
-    formats = ("gptq", "gptq_v2")
+    formats = ("gptq", "gptq_v2", "awq")
 
     def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
         """See :class:`Runtime`."""
         from gptqmodel import BACKEND, GPTQModel  # noqa: PLC0415
 
+        awq = checkpoint.format is not None and checkpoint.format.id == "awq"
         with no_compile():
             loaded = GPTQModel.load(
                 str(checkpoint.reader.folder.resolve()),
                 device=str(device),
-                backend=BACKEND.GPTQ_TORCH,
+                backend=BACKEND.AWQ_TORCH if awq else BACKEND.GPTQ_TORCH,
                 dtype=torch.float16,
             )
         return ModuleSession(loaded.model.eval())

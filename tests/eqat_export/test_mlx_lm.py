@@ -20,9 +20,8 @@ from eqat_export.runtime_check import check_runtime
 from eqat_export.runtimes import get_runtime
 from eqat_export.runtimes.reference import token_ids
 from formats import dequantize
-from formats.checkpoint import CheckpointWriter
 from formats.model import open_checkpoint
-from formats.model_writer import write_layer, write_model_config
+from tests.tiny_checkpoints import mix
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "smollm3"]
 
@@ -31,19 +30,6 @@ def proof(folder: Path, ids: torch.Tensor | None = None) -> tuple[bool, list[str
     with open_checkpoint(folder) as checkpoint:
         result = check_runtime(checkpoint, get_runtime("mlx"), ids)
     return result.ok, result.lines()
-
-
-def mix(base: Path, other: Path, out: Path, *names: str) -> Path:
-    """The native checkpoint ``base`` with some of its layers taken from another one."""
-    with open_checkpoint(base) as source, open_checkpoint(other) as second, CheckpointWriter(out) as writer:
-        for name in source.layer_names:
-            write_layer(writer, source.format, name, (second if name in names else source).layer(name))
-        for name in source.passthrough_names:
-            writer.add(name, source.get(name))
-        overrides = dict.fromkeys(names, second.scheme)
-        write_model_config(writer, source.reader.config, source.format, source.scheme, overrides=overrides)
-        writer.copy_companions(base)
-    return out
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

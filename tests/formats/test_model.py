@@ -90,7 +90,7 @@ def test_contradicting_labels_are_refused_until_named(quantized) -> None:
         assert torch.equal(dequantize(checkpoint.layer(Q)), dequantize(layers[Q]))
 
 
-@pytest.mark.parametrize("config", [{"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "format": "marlin"}])
+@pytest.mark.parametrize("config", [{"quant_method": "hqq", "bits": 4}, {"quant_method": "gptq", "format": "marlin"}])
 def test_unknown_quantization_is_named(quantized, config) -> None:
     folder, _ = quantized("gptq")
     (folder / "quantize_config.json").write_text(json.dumps(config))
