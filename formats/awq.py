@@ -155,6 +155,8 @@ def _plain(values: Tensor) -> Tensor:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], scheme: QuantScheme, out_features: int, in_features: int) -> None:
+    if in_features % scheme.width(max(in_features, 1)):
+        raise CheckpointError(f"qweight has {in_features} rows, which group_size {scheme.group_size} does not divide")
     groups = scheme.groups(max(in_features, 1))
     expected = {"qzeros": (groups, out_features // _PER_WORD), "scales": (groups, out_features)}
     for name in ("qweight", "qzeros", "scales"):
