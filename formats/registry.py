@@ -28,6 +28,7 @@ _BUILTIN = {
     "gguf": "formats.gguf:GgufFormat",
     "mlx": "formats.mlx:MlxFormat",
     "awq": "formats.awq:AwqFormat",
+    "auto-round": "formats.auto_round:AutoRoundFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"
 

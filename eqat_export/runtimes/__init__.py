@@ -23,6 +23,7 @@ RUNTIMES = MappingProxyType(
         "humming": "eqat_export.runtimes.humming:HummingRuntime",
         "onnxruntime": "eqat_export.runtimes.onnxruntime:OnnxruntimeRuntime",
         "llama.cpp": "eqat_export.runtimes.llama_cpp:LlamaCppRuntime",
+        "auto-round": "eqat_export.runtimes.auto_round:AutoRoundRuntime",
         "mlx": "eqat_export.runtimes.mlx:MlxRuntime",
         "transformers": "eqat_export.runtimes.transformers:TransformersRuntime",
     }
