@@ -37,7 +37,7 @@ _COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _COMPANION_FOLDERS = ("additional_chat_templates",)
 # What eqat train leaves beside its checkpoint tells about that run, not about a conversion of its result.
 TRAINING_FILES = ("eqat_config.yaml", "train.log", "training_report.json")
-# genai_config.json tells onnxruntime-genai about a graph beside it, quantization_config.json auto-round about its layers.
+# What onnxruntime-genai and auto-round write beside a model is about that model alone.
 _NEVER_COPIED = {"config.json", "genai_config.json", "quantization_config.json", *QUANTIZATION_FILES, *TRAINING_FILES}
 
 
