@@ -92,14 +92,13 @@ def _row(form: Format) -> FormatRow:
 
 
 def _exactness(form: Format, bits: tuple[int, ...], groups: tuple[int, ...]) -> str:
-    """The worst class over layers with every zero-point, by the dtype of their scales."""
-    kinds = {dtype: _worst_class(form, bits, groups, dtype).value for dtype in (torch.float16, torch.float32)}
-    half, single = kinds.values()
+    """The class of layers with every zero-point, by the dtype of their scales, and by bits where those differ."""
+    half, single = (_classes(form, bits, groups, dtype) for dtype in (torch.float16, torch.float32))
     return half if half == single else f"{half} (fp32 scales: {single})"
 
 
-def _worst_class(form: Format, bits: tuple[int, ...], groups: tuple[int, ...], dtype: torch.dtype) -> Exactness:
-    found = set()
+def _classes(form: Format, bits: tuple[int, ...], groups: tuple[int, ...], dtype: torch.dtype) -> str:
+    found: dict[Exactness, list[str]] = {}
     for number in bits:
         scheme = QuantScheme(number, next(group for group in groups if _takes(form, number, group)))
         shape = (PROBE, scheme.groups(PROBE))
@@ -107,8 +106,11 @@ def _worst_class(form: Format, bits: tuple[int, ...], groups: tuple[int, ...], d
         codes = torch.randint(0, scheme.maxq + 1, (PROBE, PROBE), generator=generator, dtype=torch.uint8)
         zeros = torch.arange(PROBE, dtype=torch.int32)[:, None].expand(shape) % (scheme.maxq + 1)
         scales = (torch.rand(shape, generator=generator) + 0.5).to(dtype)
-        found.add(form.exactness(QuantizedLinear(codes, scales, zeros, scheme)))
-    return max(found, key=list(Exactness).index)
+        kind = form.exactness(QuantizedLinear(codes, scales, zeros, scheme))
+        found.setdefault(kind, []).append(str(number))
+    if len(found) == 1:
+        return next(iter(found)).value
+    return ", ".join(f"{kind.value} at {' '.join(numbers)} bits" for kind, numbers in found.items())
 
 
 def _takes(form: Format, bits: int, group: int) -> bool:

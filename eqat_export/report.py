@@ -93,8 +93,7 @@ def exactness_lines(conversion: Conversion) -> list[str]:
     if read.tensors:
         lines.append(
             f"ROUNDED: {read.tensors} of {conversion.layers} layers on reading, where {conversion.source_format} has "
-            f"rounded products for zero-points; largest error {read.error:.3g} in {read.where}, largest relative error "
-            f"{read.relative:.3g}"
+            f"rounded products for zero-points; largest error {read.error:.3g} in {read.where}"
         )
     casts = conversion.casts
     if casts.tensors:
