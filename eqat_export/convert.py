@@ -8,7 +8,6 @@ quantized layer keep their bytes and dtype unless the format says otherwise (``d
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -64,7 +63,7 @@ class Rounding:
             raise CheckpointError(
                 f"{name}: the value {value:.6g} cannot be stored as {dtype_name(stored.dtype)}; try another --dtype"
             )
-        share = (difference / exact).abs_().nan_to_num_(0.0, posinf=math.inf)  # zeros are held exactly
+        share = (difference / exact).abs_().nan_to_num_(0.0, posinf=0.0)  # over non-zero values
         self.relative = max(self.relative, float(share.max()))
         worst = int(difference.argmax())
         if float(difference.flatten()[worst]) >= self.error:

@@ -111,6 +111,10 @@ def _ignored(quantization: dict[str, Any]) -> list[re.Pattern[str]]:
     patterns = [re.compile(rf"{re.escape(name)}(\.|$)") for name in named]
     if quantization.get("lm_head") is False:
         patterns.append(re.compile(r"lm_head$"))
+    extra = quantization.get("extra_config")  # auto-round's
+    wide = [name for name, own in extra.items() if own.get("bits", 0) > 8] if isinstance(extra, dict) else []
+    false = [name for name, value in quantization.items() if value is False and "." in name]  # mlx-lm's
+    patterns += [re.compile(rf"{re.escape(name)}$") for name in (*wide, *false)]
     left_out = (key for key in dynamic_rules(quantization) if key.startswith("-:"))
     return patterns + [re.compile(key.removeprefix("-:")) for key in left_out]
 

@@ -6,6 +6,7 @@ readers and sources: ``awq.md``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
@@ -113,14 +114,17 @@ class AwqFormat(Fp16ScalesFormat):
                     f"layer {name} is {other} in a {scheme} model; awq has one bits and one group_size; "
                     "use --to compressed-tensors or --to gptq_v2"
                 )
-        return {
+        config: dict[str, Any] = {
             "quant_method": "awq",
             "version": "gemm",
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "zero_point": True,
-            "modules_to_not_convert": list(ignore) or None,
+            "modules_to_not_convert": list(ignore),
         }
+        # gptqmodel passes over modules_to_not_convert without a word and would read such a module as quantized
+        dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
+        return config | ({"dynamic": dynamic} if dynamic else {})
 
     def parse_config(self, config: Mapping[str, Any]) -> QuantScheme:
         """bits and group_size of a GEMM checkpoint; other layouts are refused by name."""

@@ -13,7 +13,7 @@ from formats.checkpoint import CheckpointReader, CheckpointWriter
 from formats.model import open_checkpoint
 from formats.model_writer import write_layer, write_model_config
 
-__all__ = ["act_order_layer", "mix", "quantize_folder", "raw_tensors", "rewrite"]
+__all__ = ["act_order_layer", "leave_out", "mix", "quantize_folder", "raw_tensors", "rewrite"]
 
 LayerChange = Callable[[QuantizedLinear], QuantizedLinear]
 
@@ -65,6 +65,23 @@ def mix(base: Path, other: Path, out: Path, *names: str) -> Path:
             writer.add(name, source.get(name))
         overrides = dict.fromkeys(names, second.scheme)
         write_model_config(writer, source.reader.config, source.format, source.scheme, overrides=overrides)
+        writer.copy_companions(base)
+    return out
+
+
+def leave_out(base: Path, out: Path, *names: str) -> Path:
+    """The native checkpoint ``base`` with some of its layers in full precision."""
+    with open_checkpoint(base) as source, CheckpointWriter(out) as writer:
+        for name in source.layer_names:
+            layer = source.layer(name)
+            if name not in names:
+                write_layer(writer, source.format, name, layer)
+                continue
+            for local, tensor in get_format("dense").encode(layer).items():
+                writer.add(f"{name}.{local}", tensor)
+        for name in source.passthrough_names:
+            writer.add(name, source.get(name))
+        write_model_config(writer, source.reader.config, source.format, source.scheme, ("lm_head", *names))
         writer.copy_companions(base)
     return out
 

@@ -1,6 +1,6 @@
 """transformers' ``AutoModelForCausalLM``: dense folders by itself, others through the library of their format.
 
-- GPTQ through optimum and gptqmodel.
+- GPTQ through optimum and gptqmodel, AWQ through gptqmodel alone.
 - compressed-tensors through the package of that name, with ``dequantize=True``: left compressed, asymmetric layers do
   not load (transformers 5.23 allocates unpacked zero-points). It computes ``(q - z) * s`` in the dtype of the scales
   and casts to the model's, so that is the dtype to load and to compare in.
@@ -31,6 +31,7 @@ class TransformersRuntime(Runtime):
     readers: ClassVar[dict[str | None, tuple[tuple[str, ...], str]]] = {
         "gptq": _GPTQ,
         "gptq_v2": _GPTQ,
+        "awq": (("gptqmodel",), "gptq"),
         "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
         "gguf": (("gguf",), "gguf"),
         None: ((), ""),
@@ -58,7 +59,8 @@ class TransformersRuntime(Runtime):
 
 def _options(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.dtype]:
     """What ``from_pretrained`` needs to be told about a checkpoint, and the dtype to load it in."""
-    from transformers import CompressedTensorsConfig, GPTQConfig  # noqa: PLC0415
+    from transformers import AwqConfig, CompressedTensorsConfig, GPTQConfig  # noqa: PLC0415
+    from transformers.utils.quantization_config import AwqBackend  # noqa: PLC0415
 
     if checkpoint.format is None or checkpoint.scheme is None:
         return {}, torch.float16
@@ -68,4 +70,6 @@ def _options(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.dtype]:
         tensors = checkpoint.reader.tensors
         scales = [tensors[f"{name}.weight_scale"].dtype for name in checkpoint.layer_names]
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)}, reduce(torch.promote_types, scales)
+    if checkpoint.format.id == "awq":
+        return {"quantization_config": AwqConfig(bits=4, backend=AwqBackend.TORCH_AWQ)}, torch.float16
     return {"quantization_config": GPTQConfig(bits=checkpoint.scheme.bits, backend="gptq_torch")}, torch.float16

@@ -15,8 +15,9 @@ pytest.importorskip("auto_round", reason="needs auto-round: pip install 'eqat[au
 from eqat_export.convert import convert
 from eqat_export.runtime_check import check_runtime
 from eqat_export.runtimes import get_runtime
+from eqat_export.verify import verify_checkpoint
 from formats.model import open_checkpoint
-from tests.tiny_checkpoints import mix
+from tests.tiny_checkpoints import leave_out, mix
 
 
 def proof(folder: Path) -> tuple[bool, list[str]]:
@@ -62,3 +63,14 @@ def test_a_model_that_auto_round_made_runs_as_we_read_it(
     assert not (tmp_path / "v2" / "quantization_config.json").exists()
     outcome = eqat("verify", tmp_path / "v2", "--against", folder)
     assert outcome.code == 0, outcome.out + outcome.err
+
+
+def test_a_linear_in_full_precision_stays_so(native: Callable[..., Path], tmp_path: Path) -> None:
+    convert(
+        leave_out(native(bits=4), tmp_path / "part", "model.layers.0.mlp.down_proj"), tmp_path / "out", "auto-round"
+    )
+    ok, said = proof(tmp_path / "out")
+    assert ok, said
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        findings = verify_checkpoint(checkpoint)
+    assert not [finding for finding in findings if finding.severity != "note"], findings

@@ -19,9 +19,10 @@ from eqat_export.convert import convert
 from eqat_export.runtime_check import check_runtime
 from eqat_export.runtimes import get_runtime
 from eqat_export.runtimes.reference import token_ids
+from eqat_export.verify import verify_checkpoint
 from formats import dequantize
 from formats.model import open_checkpoint
-from tests.tiny_checkpoints import mix
+from tests.tiny_checkpoints import leave_out, mix
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "smollm3"]
 
@@ -132,3 +133,13 @@ class TestTheirFiles:
         assert eqat("export", tmp_path / "v2", "--to", "mlx", "--out", tmp_path / "again").code == 0
         ok, said = proof(tmp_path / "again")
         assert ok, said
+
+
+def test_a_linear_in_full_precision_stays_so(native: Callable[..., Path], tmp_path: Path) -> None:
+    part = leave_out(native(bits=4), tmp_path / "part", "model.layers.0.mlp.down_proj")
+    convert(part, tmp_path / "out", "mlx")
+    ok, said = proof(tmp_path / "out")
+    assert ok, said
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        findings = verify_checkpoint(checkpoint)
+    assert not [finding for finding in findings if finding.severity != "note"], findings

@@ -103,6 +103,9 @@ def test_config_is_autoawqs() -> None:
         "zero_point": True,
         "modules_to_not_convert": ["lm_head"],
     }
+    skipping = AWQ.quantization_config(SCHEME, ["lm_head", "a.gate"])
+    assert skipping["modules_to_not_convert"] == ["lm_head", "a.gate"]
+    assert skipping["dynamic"] == {r"-:^a\.gate$": {}}
     assert AWQ.parse_config(json.loads(json.dumps(config))) == SCHEME
     assert AWQ.parse_config({"w_bit": 4, "q_group_size": 128, "version": "GEMM"}) == QuantScheme(4, 128)
 
