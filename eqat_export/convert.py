@@ -71,6 +71,20 @@ class Rounding:
             self.bound = float(bound.expand_as(difference).flatten()[worst])
             self.where = name
 
+    def add_groups(self, name: str, error: Tensor, scales: Tensor) -> None:
+        """Takes groups into account whose weights are all off by the same.
+
+        Args:
+            name: their layer.
+            error: float64 ``[out, groups]``.
+            scales: ``[out, groups]``; no weight but zero is smaller.
+        """
+        worst = float(error.max())
+        if worst > self.error:
+            self.error, self.bound, self.where = worst, worst, name
+        share = (error / scales.double().abs()).nan_to_num_(0.0, posinf=0.0)
+        self.relative = max(self.relative, float(share.max()))
+
 
 @dataclass
 class Conversion:
@@ -213,7 +227,7 @@ def _holds_all(fmt: Format, layers: Mapping[str, tuple[QuantScheme, int, int]]) 
 def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
     layer = _as_configured(checkpoint, name)
     if checkpoint.format is not None and checkpoint.format.rounds_zeros:
-        _measure_reading(checkpoint, checkpoint.format, name, layer.unpack(), result.read)
+        _measure_reading(checkpoint, checkpoint.format, name, layer, result.read)
     if holds(form, name):
         stored = write_layer(writer, form, name, layer)
         result.weights += layer.out_features * layer.in_features
@@ -228,12 +242,19 @@ def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name
 
 
 def _measure_reading(
-    checkpoint: Checkpoint, source: Format, name: str, layer: QuantizedLinear, rounding: Rounding
+    checkpoint: Checkpoint, source: Format, name: str, layer: QuantizedLinear | PackedLinear, rounding: Rounding
 ) -> None:
     """Adds how far a layer's decoded weight is from the one that its own readers compute with."""
     tensors, differs = checkpoint.layer_tensors(name), False
-    for rows, part in layer.row_blocks():
-        exact, decoded = source.stored_weight(tensors, layer, rows), dequantize(part)
+    error = source.zero_error(tensors, layer)
+    if error is not None:
+        if bool((error > 0).any()):
+            rounding.add_groups(name, error, layer.scales)
+            rounding.tensors += 1
+        return
+    plain = layer.unpack()
+    for rows, part in plain.row_blocks():
+        exact, decoded = source.stored_weight(tensors, plain, rows), dequantize(part)
         if not torch.equal(exact, decoded):
             rounding.add(name, exact, decoded, (decoded - exact).abs())  # decoding has set the limit already
             differs = True
@@ -264,6 +285,13 @@ def _measure(
         kind = form.exactness(layer)  # from scales and zeros alone
         if kind is not Exactness.ROUNDED:
             return kind
+        if form.rounds_zeros:
+            packed = form.decode_packed(stored, layer.scheme)
+            error = form.zero_error(stored, packed)
+            if error is not None and torch.equal(packed.scales.double().abs(), layer.scales.double().abs()):
+                rounding.add_groups(name, error, packed.scales)
+                rounding.tensors += 1
+                return kind
     plain = layer.unpack()
     kind = max((form.exactness(part) for _, part in plain.row_blocks()), key=list(Exactness).index)
     if kind is Exactness.ROUNDED:

@@ -33,7 +33,7 @@ from .affine import dequantize
 from .container import ModelReader, ModelWriter
 from .errors import CheckpointError
 from .packed import PackedLinear
-from .types import QuantizedLinear, QuantScheme
+from .types import GroupedLayer, QuantizedLinear, QuantScheme
 
 if TYPE_CHECKING:
     from .model import Checkpoint
@@ -202,6 +202,18 @@ class Format(ABC):
             rows: which outputs.
         """
         return dequantize(layer.rows(rows))
+
+    def zero_error(self, tensors: Mapping[str, Tensor], layer: GroupedLayer) -> Tensor | None:
+        """How far ``stored_weight`` is from ``(q - z) * s`` in each group, whatever its codes; float64 ``[out, groups]``.
+
+        Args:
+            tensors: a layer as stored.
+            layer: the same, decoded.
+
+        Returns:
+            None where it depends on the codes as well.
+        """
+        return None
 
     def reads(self, path: Path) -> bool:
         """True for a path that this format's own container opens; safetensors folders need no claim."""

@@ -8,13 +8,13 @@ where that comes out nearer. Which z are exact, layout, readers and sources: ``m
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .affine import expand_groups
+from .affine import dequantize, expand_groups
 from .base import NO_OVERRIDES, Exactness, FormatOption, PackedFormat
 from .errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from .packed import PackedLinear
@@ -119,6 +119,12 @@ class MlxFormat(PackedFormat):
             view.mul_(scales[:, groups, None]).add_(biases[:, groups, None])
         return weight
 
+    def zero_error(self, tensors: Mapping[str, Tensor], layer: GroupedLayer) -> Tensor | None:
+        """``|bias + s * z|``: all codes of a group are shifted alike, unless fp32 rounds their products."""
+        if tensors["scales"].dtype == torch.float32 and not _products_exact(layer):
+            return None
+        return (tensors["biases"].double() + layer.scales.double() * layer.zeros).abs()
+
     def features(self, shapes: Mapping[str, tuple[int, ...]], scheme: QuantScheme) -> tuple[int, int]:
         """Rows of weight, and the codes that a row's words hold."""
         for name in ("weight", "scales", "biases"):
@@ -191,18 +197,20 @@ class MlxFormat(PackedFormat):
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """``|s' - s| * |q - z| + |b + s' * z|`` with stored s' and b, plus fp32's rounding of products and sum."""
         stored = self._parameters(layer)
-        width, columns = layer.scheme.group_size, layer.in_features
         scales = layer.scales.double()
-        off = expand_groups((stored.scales.double() - scales).abs(), columns, width)
-        shift = expand_groups(stored.error, columns, width)
-        steps = layer.codes.double() - expand_groups(layer.zeros.double(), columns, width)
-        limit = off * steps.abs() + shift
+        off = (stored.scales.double() - scales).abs()
         limits = torch.finfo(torch.float32)
-        terms = expand_groups(scales.abs() * layer.scheme.maxq, columns, width)  # no |q * s|, |z * s| or |w| is larger
-        rounded = limit > 0
+        # no |q * s|, |z * s| or |w| is larger than maxq * |s|
+        slack = 3 * limits.eps / 2 * layer.scheme.maxq * scales.abs() + limits.smallest_normal
+        rounded = (off > 0) | (stored.error > 0)
         if self.scale_dtype == torch.float32:
-            rounded |= ~expand_groups(_group_products_exact(layer), columns, width)
-        return torch.where(rounded, limit + 3 * limits.eps / 2 * terms + limits.smallest_normal, 0.0).float()
+            rounded |= ~_group_products_exact(layer)
+        limit = torch.where(rounded, stored.error + slack, 0.0).float()
+        bound = expand_groups(limit, layer.in_features, layer.scheme.group_size)  # [out, in]
+        if bool((off > 0).any()):
+            steps = dequantize(replace(layer, scales=torch.ones_like(layer.scales))).abs_()
+            bound += expand_groups(off.float(), layer.in_features, layer.scheme.group_size) * steps
+        return bound
 
     def _parameters(self, layer: GroupedLayer) -> _Stored:
         scales = layer.scales.to(self.scale_dtype)

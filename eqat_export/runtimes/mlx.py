@@ -39,7 +39,9 @@ class MlxRuntime(Runtime):
 
         model, _ = load_model(checkpoint.reader.folder)
         model.set_dtype(mx.float32)
-        return _MlxSession(model)
+        session = _MlxSession(model)
+        session.device = str(mx.default_device()).removeprefix("Device(").partition(",")[0]
+        return session
 
 
 class _MlxSession(Session):

@@ -60,9 +60,9 @@ def wrong_shape(folder: Path) -> str:
 def unknown_format(folder: Path) -> str:
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4, "group_size": 128}
     path.write_text(json.dumps(config))
-    return "awq"
+    return "hqq"
 
 
 def no_config(folder: Path) -> str:
