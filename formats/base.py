@@ -204,7 +204,7 @@ class Format(ABC):
         return dequantize(layer.rows(rows))
 
     def zero_error(self, tensors: Mapping[str, Tensor], layer: GroupedLayer) -> Tensor | None:
-        """How far ``stored_weight`` is from ``(q - z) * s`` in each group, whatever its codes; float64 ``[out, groups]``.
+        """How far each group's ``stored_weight`` is from ``(q - z) * s``, whatever its codes; float64 ``[out, groups]``.
 
         Args:
             tensors: a layer as stored.
