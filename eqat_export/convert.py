@@ -285,7 +285,7 @@ def _measure(
         kind = form.exactness(layer)  # from scales and zeros alone
         if kind is not Exactness.ROUNDED:
             return kind
-        if form.rounds_zeros:
+        if isinstance(form, PackedFormat) and form.rounds_zeros:
             packed = form.decode_packed(stored, layer.scheme)
             error = form.zero_error(stored, packed)
             if error is not None and torch.equal(packed.scales.double().abs(), layer.scales.double().abs()):

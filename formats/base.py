@@ -204,14 +204,14 @@ class Format(ABC):
         return dequantize(layer.rows(rows))
 
     def zero_error(self, tensors: Mapping[str, Tensor], layer: GroupedLayer) -> Tensor | None:
-        """How far each group's ``stored_weight`` is from ``(q - z) * s``, whatever its codes; float64 ``[out, groups]``.
+        """How far each group's ``stored_weight`` is from ``(q - z) * s``, whatever its codes.
 
         Args:
             tensors: a layer as stored.
             layer: the same, decoded.
 
         Returns:
-            None where it depends on the codes as well.
+            float64 ``[out, groups]``; None where it depends on the codes as well.
         """
         return None
 

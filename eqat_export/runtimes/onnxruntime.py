@@ -57,6 +57,7 @@ class OnnxruntimeRuntime(Runtime):
 
 class _OnnxSession(Session):
     device = "cpu"
+    yardstick_name = "onnxruntime's own products of dense weights"
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.dtype = dtype
