@@ -1,4 +1,5 @@
-# Two commands set everything up: `make demo` and `make test`. Each makes the environment it needs.
+# Two commands set everything up: `make demo` and `make test`. Each makes the environment it needs;
+# `make test-runtimes` adds the readers that are slow to install.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST_FLAGS ?=
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-runtimes test-gpu lint clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "eqat needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
@@ -21,8 +22,13 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	@echo "installing eqat and its test tools into $(VENV) (a few minutes the first time)"
-	$(INSTALL) -e '.[dev,gptq]'
+	$(INSTALL) -e '.[dev,gptq,compressed-tensors,gguf,mlx,onnx,auto-round]' onnxruntime-genai
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-runtimes: $(VENV)/.installed-dev
+	@echo "installing llama-cpp-python, which compiles llama.cpp (some 11 CPU minutes)"
+	$(INSTALL) -e '.[llama-cpp]'
+	@touch $@
 
 demo: $(VENV)/.installed  ## train, export and verify the demo model: about a minute on two CPU cores
 	mkdir -p demo-run
@@ -31,7 +37,10 @@ demo: $(VENV)/.installed  ## train, export and verify the demo model: about a mi
 	cd demo-run && ../$(BIN)/eqat verify
 
 test: $(VENV)/.installed-dev lint  ## the whole suite on a CPU
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu and not runtimes" $(PYTEST_FLAGS)
+
+test-runtimes: $(VENV)/.installed-runtimes  ## the readers that are slow to install: llama.cpp
+	$(BIN)/python -m pytest -m "runtimes and not gpu" $(PYTEST_FLAGS)
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

@@ -24,11 +24,11 @@ _BUILTIN = {
     "bitblas": "formats.bitblas:BitblasFormat",
     "compressed-tensors": "formats.compressed_tensors:CompressedTensorsFormat",
     "onnx": "formats.onnx:OnnxFormat",
-    "dense": "formats.dense:DenseFormat",
     "gguf": "formats.gguf:GgufFormat",
     "mlx": "formats.mlx:MlxFormat",
     "awq": "formats.awq:AwqFormat",
     "auto-round": "formats.auto_round:AutoRoundFormat",
+    "dense": "formats.dense:DenseFormat",
 }
 ENTRY_POINT_GROUP = "eqat.formats"
 
