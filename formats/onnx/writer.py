@@ -14,7 +14,7 @@ from ..checkpoint_reader import read_json
 from ..checkpoint_writer import CheckpointWriter, writing
 from ..container import ModelWriter
 from ..errors import CheckpointError
-from ..model import Checkpoint
+from ..model import Checkpoint, holds
 from ..model_writer import write_model_config
 from ..safetensors_header import TensorInfo
 from .decoder import read_decoder, rotary_caches
@@ -47,7 +47,7 @@ class OnnxWriter(ModelWriter):
         self._format = fmt
         self._source = source
         self._decoder = read_decoder(source.reader.config)
-        self._layers = {name: self._attributes(name) for name in source.layer_names}
+        self._layers = {name: self._attributes(name) for name in source.layer_names if holds(fmt, name)}
         self._stored: dict[str, TensorInfo] = {}
         self._graph(self._expected())
         self._writer = CheckpointWriter(out, shard_size=shard_size, force=force)
@@ -124,6 +124,9 @@ class OnnxWriter(ModelWriter):
         names = {name: source.reader.tensors[name] for name in source.passthrough_names}
         expected = {name: _unplaced(info.dtype, info.shape) for name, info in names.items()}
         for layer in source.layer_names:
+            if not holds(self._format, layer):  # a quantized embedding comes as ordinary weights
+                expected[f"{layer}.weight"] = _unplaced(torch.float32, source.layer_features(layer))
+                continue
             locals_ = ["B", "scales", "zero_points", *(["bias"] if "bias" in source.layer_shapes(layer) else [])]
             expected |= {f"{layer}.{local}": _unplaced(torch.uint8, ()) for local in locals_}
         return expected | {name: _unplaced(self._format.scale_dtype, ()) for name in ROTARY_NAMES}

@@ -20,7 +20,7 @@ from eqat_export.runtime_check import check_runtime
 from eqat_export.runtimes import get_runtime
 from eqat_export.runtimes.reference import token_ids
 from eqat_export.verify import verify_checkpoint
-from formats import dequantize
+from formats import available_formats, dequantize
 from formats.model import open_checkpoint
 from tests.tiny_checkpoints import leave_out, mix
 
@@ -143,3 +143,16 @@ def test_a_linear_in_full_precision_stays_so(native: Callable[..., Path], tmp_pa
     with open_checkpoint(tmp_path / "out") as checkpoint:
         findings = verify_checkpoint(checkpoint)
     assert not [finding for finding in findings if finding.severity != "note"], findings
+
+
+@pytest.mark.parametrize("target", [name for name in available_formats() if name != "mlx"])
+def test_what_mlx_lm_made_goes_to_every_format_that_holds_it(
+    dense_models: Callable[[str], Path], tmp_path: Path, eqat: Callable, target: str
+) -> None:
+    pytest.importorskip({"onnx": "onnx", "gguf": "gguf"}.get(target, "torch"), reason=f"needs the extra {target}")
+    theirs = tmp_path / "theirs"
+    mlx_lm.convert(str(dense_models("qwen3")), str(theirs), quantize=True, q_bits=4, q_group_size=32, dtype="float16")
+    out = tmp_path / ("out.gguf" if target == "gguf" else "out")
+    convert(theirs, out, target)
+    outcome = eqat("verify", out, "--against", theirs)
+    assert outcome.code == 0, outcome.out + outcome.err
