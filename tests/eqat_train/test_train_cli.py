@@ -143,6 +143,7 @@ CHANGES: dict[str, Any] = {
     "stage": "block-ap",
     "scale_dtype": "bfloat16",
     "data": "other.txt",
+    "zeros_in": "2,2",
     "e2e_data": "other.txt",
     "eval_data": "other.txt",
     "eval_tokens": 100,
@@ -204,6 +205,12 @@ def test_command_line_and_file_reach_the_run_alike(
         with pytest.raises(InputError, match="enough"):
             invoke("train", *words)
     assert got[0] == got[1] == TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3", "a,b", "-1,2", "1,"])
+def test_a_range_of_zeros_that_is_none_is_refused(here: Path, cheap_run: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=r"--zeros-in is .*expected two integers, e\.g\. --zeros-in 1,2"):
+        invoke("train", *arguments(cheap_run), f"--zeros-in={text}")
 
 
 def test_train_prints_the_table_and_the_next_commands(here: Path, cheap_run: dict[str, Any]) -> None:
