@@ -18,12 +18,15 @@ Of the model:
 | stray_files | there are weight files that hold none of the tensors |
 | kept | linears in full precision among quantized ones |
 | model_dtype | as config.json says, ``none`` where it does not |
+| ignored_apart | compressed-tensors: a linear that ``ignore`` names without its fused siblings, or ``none`` |
 
 Of each layer: bits, group_size, sym and desc_act as configured; symmetric and act_order as the tensors have it; g_idx
 (there is one); in_features, out_features; in_bits and out_bits (bits of a row and of a column); grouped (group_size is
-not -1); fused (engines compute it as a part of another linear); fused_out (out_features of that linear, or its own);
-scale_dtype; lowest_zero, highest_zero; override (its scheme is not the model's); fused_override (so, as a part of a
-fused linear); fused_alike (the parts of its fused linear have one scheme); ggml_type.
+not -1); whole_groups (group_size divides in_features); fused (engines compute it as a part of another linear);
+fused_out and fused_bits (out_features and bits of a column of that linear, or its own); scale_dtype; lowest_zero,
+highest_zero; override (its scheme is not the model's); fused_override (so, as a part of a fused linear); fused_alike
+(the parts of its fused linear have one scheme); ggml_type; of compressed-tensors weight_packed, weight_scale,
+weight_zero_point and weight_shape (``stored.py`` has what of them).
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from typing import Any
 
 from eqat_export.diagnosis.structure import has_tokenizer, stray_files
 from eqat_export.diagnosis.survey import Survey
+from formats.compressed_tensors_config import METHOD, matches
 from formats.errors import CheckpointError
 from formats.gptq import producers
 from formats.gptq_zeros import has_zero_label, wraps_by_word, zero_label
@@ -40,6 +44,7 @@ from formats.model import Checkpoint
 from formats.types import QuantScheme
 
 from .rules import Value
+from .stored import stored_facts
 
 __all__ = ["FUSED", "Facts", "facts_of"]
 
@@ -76,9 +81,13 @@ def _model_facts(checkpoint: Checkpoint, survey: Survey) -> dict[str, Value]:
         "model_files": all(shard.startswith("model") for shard in shards if shard.endswith(".safetensors")),
         "stray_files": bool(stray_files(checkpoint)),
         "kept": len(checkpoint.ignore) > int("lm_head" in checkpoint.ignore),
-        "model_dtype": str(reader.config.get("dtype") or reader.config.get("torch_dtype") or "none"),
+        "model_dtype": str(reader.config.get("dtype") or reader.config.get("torch_dtype") or "none").removeprefix(
+            "torch."
+        ),
         **_configured_facts(config),
     }
+    if facts["format"] == METHOD:
+        facts["ignored_apart"] = _ignored_apart(checkpoint)
     if survey.zeros is not None:
         follows = survey.zeros.follows or survey.zeros.label
         facts["zeros"] = _MEANINGS.get(follows, follows)
@@ -119,7 +128,7 @@ def _layer_facts(checkpoint: Checkpoint, survey: Survey, name: str, scheme: Quan
         "grouped": scheme.group_size > 0,
         "sym": scheme.sym,
         "desc_act": scheme.desc_act,
-        "g_idx": "g_idx" in shapes,
+        "g_idx": "g_idx" in shapes or "weight_g_idx" in shapes,
         "override": scheme != checkpoint.scheme,
     }
     features = _features(checkpoint, name)
@@ -127,6 +136,9 @@ def _layer_facts(checkpoint: Checkpoint, survey: Survey, name: str, scheme: Quan
         out_features, in_features = features
         facts |= {"out_features": out_features, "in_features": in_features}
         facts |= {"out_bits": out_features * scheme.bits, "in_bits": in_features * scheme.bits}
+        facts["whole_groups"] = scheme.group_size == -1 or in_features % scheme.group_size == 0
+        if checkpoint.format is not None and checkpoint.format.id == METHOD:
+            facts |= stored_facts(checkpoint, name, scheme, out_features, in_features)
     if name in survey.layers:
         seen = survey.layers[name]
         facts |= {
@@ -148,11 +160,11 @@ def _symmetric(survey: Survey, decoded: bool) -> bool:
 
 
 def _fused_facts(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], name: str) -> dict[str, Value]:
-    linears = {*checkpoint.layer_names, *(path.removesuffix(".weight") for path in checkpoint.passthrough_names)}
-    parts = _parts(name, linears)
+    bits = schemes[name].bits
+    parts = _parts(name, _linears(checkpoint))
     if not parts:
         features = _features(checkpoint, name)
-        return {"fused": False, **({"fused_out": features[0]} if features else {})}
+        return {"fused": False, **(_fused_size(features[0], bits) if features else {})}
     found = [schemes.get(part) for part in parts]
     kinds = {(scheme.bits, scheme.group_size, scheme.sym) if scheme else None for scheme in found}
     facts: dict[str, Value] = {
@@ -162,8 +174,24 @@ def _fused_facts(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], nam
     }
     sizes = [_features(checkpoint, part) for part in parts if part in schemes]
     if all(sizes):
-        facts["fused_out"] = sum(size[0] for size in sizes if size)
+        facts |= _fused_size(sum(size[0] for size in sizes if size), bits)
     return facts
+
+
+def _fused_size(out_features: int, bits: int) -> dict[str, Value]:
+    return {"fused_out": out_features, "fused_bits": out_features * bits}
+
+
+def _ignored_apart(checkpoint: Checkpoint) -> str:
+    """The first linear that ``ignore`` names although it does not name all that are fused with it."""
+    targets = checkpoint.config.get("ignore") or ()
+    linears = _linears(checkpoint)
+    ignored = {name for name in linears if any(matches(target, name) for target in targets)}
+    return next((name for name in sorted(ignored) if not ignored.issuperset(_parts(name, linears))), "none")
+
+
+def _linears(checkpoint: Checkpoint) -> set[str]:
+    return {*checkpoint.layer_names, *(path.removesuffix(".weight") for path in checkpoint.passthrough_names)}
 
 
 def _parts(name: str, linears: Collection[str]) -> list[str]:

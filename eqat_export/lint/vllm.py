@@ -4,28 +4,14 @@ GPTQ is symmetric 4 and 8 bits here, whatever stands in qzeros: the Marlin path 
 everything else is compressed-tensors.
 """
 
-from .rules import Condition, Engine, Multiple, Rule
+from .rules import Engine, Rule
+from .vllm_compressed_tensors import RULES
 
 _LAYERS = "model_executor/layers/quantization"
 _GPTQ = ("gptq", "gptq_v2")
 _GROUPS = (-1, 32, 64, 128)
 _V1 = "auto_round:auto_gptq"
 _HUMMING_BITS = (2, 3, 5, 6, 7)
-_WHOLE_WORDS: dict[str, Condition] = {
-    "in_bits": Multiple(32),
-    "out_bits": Multiple(32),
-    "in_features": Multiple(8),
-    "out_features": Multiple(8),
-}
-# What its kernels take, in the order Marlin, Marlin with zero-points, Exllama, Triton, Humming.
-_KERNELS: tuple[dict[str, Condition], ...] = (
-    {"bits": (4, 8), "sym": (True,), "group_size": _GROUPS},
-    {"bits": (4,), "group_size": _GROUPS},
-    {"bits": (4, 8), "sym": (True,), "grouped": (True,), "out_features": Multiple(8)},
-    {"bits": (4,), "group_size": (*_GROUPS, 256), "out_features": Multiple(8)},
-    {**_WHOLE_WORDS, "group_size": (-1, 16)},
-    {**_WHOLE_WORDS, "group_size": Multiple(32)},
-)
 
 ENGINE = Engine(
     "vllm",
@@ -121,53 +107,7 @@ ENGINE = Engine(
             "config/model.py _verify_quantization; model_executor/model_loader/weight_utils.py get_quant_config",
             needs=({"configured": ("config.json",)},),
         ),
-        # compressed-tensors; the layer's tensors are checked by decoding them
-        Rule(
-            "ct-bits",
-            ("compressed-tensors",),
-            "refused",
-            "takes 2 to 8 bits, not {bits}",
-            f"{_LAYERS}/compressed_tensors/schemes/compressed_tensors_wNa16.py WNA16_ZP_SUPPORTED_TYPES_MAP",
-            needs=({"bits": tuple(range(2, 9))},),
-        ),
-        Rule(
-            "ct-act-order",
-            ("compressed-tensors",),
-            "refused",
-            "refuses actorder group and dynamic",
-            f"{_LAYERS}/compressed_tensors/compressed_tensors.py _quantization_scheme_map_from_config",
-            needs=({"act_order": (False,), "desc_act": (False,)},),
-            routes=("dense",),
-        ),
-        Rule(
-            "ct-fused",
-            ("compressed-tensors",),
-            "refused",
-            "fuses q/k/v and gate/up, whose parts must have one scheme",
-            f"{_LAYERS}/compressed_tensors/utils.py should_ignore_layer, find_matched_target",
-            needs=({"fused_alike": (True,)},),
-            routes=("dense",),
-        ),
-        Rule(
-            "ct-words",
-            ("compressed-tensors",),
-            "refused",
-            "cuts packed zero-points at the seams of fused linears: out_features times bits must be a multiple of 32, "
-            "and here {out_features} x {bits}",
-            "model_executor/parameter.py _adjust_shard_indexes_for_packing",
-            when={"sym": (False,), "fused": (True,)},
-            needs=({"out_bits": Multiple(32)},),
-            routes=("dense",),
-        ),
-        Rule(
-            "ct-kernel",
-            ("compressed-tensors",),
-            "refused",
-            "has no CUDA kernel for {bits} bits in groups of {group_size} at {out_features} x {in_features}",
-            "model_executor/kernels/linear/mixed_precision/; humming 0.1.19 transform.py check_and_pad_tensors",
-            needs=_KERNELS,
-            routes=("dense",),
-        ),
+        *RULES,
         Rule(
             "scale-dtype",
             (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
@@ -184,6 +124,14 @@ ENGINE = Engine(
             "config/model.py _resolve_auto_dtype",
             when={"scale_dtype": ("float16",)},
             needs=({"model_dtype": ("float16",)},),
+        ),
+        Rule(
+            "model-float16",
+            (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
+            "cost",
+            "runs a model of dtype {model_dtype} in float16, whose range is less than that of the bfloat16 scales here",
+            "config/model.py _resolve_auto_dtype",
+            when={"scale_dtype": ("bfloat16",), "model_dtype": ("float16",)},
         ),
         # auto-round
         Rule(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .rules import Value
+from .stored import FITS
 
 __all__ = ["BITS", "WRITTEN", "as_written", "split_route"]
 
@@ -43,7 +44,13 @@ WRITTEN: Mapping[str, Mapping[str, Value]] = {
         "wrapped": "none",
     },
     "bitblas": {"quant_method": "gptq", "sym": False},
-    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "weight_packed": FITS,
+        "weight_scale": FITS,
+        "weight_zero_point": FITS,
+        "weight_shape": FITS,
+    },
     "gguf": {"quant_method": "gguf"},
     "mlx": {"quant_method": "none"},
     "onnx": {"quant_method": "onnx"},
@@ -77,8 +84,10 @@ _OF_THE_LAYER = (
     "in_bits",
     "out_bits",
     "grouped",
+    "whole_groups",
     "fused",
     "fused_out",
+    "fused_bits",
     "override",
     "fused_override",
     "fused_alike",

@@ -20,7 +20,6 @@ from eqat_export.lint.judge import Verdict, judge
 from eqat_export.lint.rules import Multiple, Rule, holds
 from eqat_export.lint.written import WRITTEN, as_written
 from eqat_export.verify import verify_checkpoint
-from eqat_export.vllm_rules import KERNELS
 from formats import QuantScheme, available_formats
 from formats.errors import UnsupportedSchemeError
 from formats.model import open_checkpoint
@@ -103,10 +102,12 @@ def test_every_registered_format_is_known() -> None:
 
 def test_rules_speak_only_of_facts_there_are(symmetric: Make) -> None:
     """A misspelt fact would make a rule that never speaks."""
-    with open_checkpoint(symmetric()) as checkpoint:
-        survey = Survey()
-        verify_checkpoint(checkpoint, survey=survey)
-        known = set(facts_of(checkpoint, survey)[Q]) | {"packing_format", "ggml_type"}
+    known = {"packing_format", "ggml_type"}
+    for form in ("gptq", "compressed-tensors"):
+        with open_checkpoint(symmetric(form=form, name=form)) as checkpoint:
+            survey = Survey()
+            verify_checkpoint(checkpoint, survey=survey)
+            known |= set(facts_of(checkpoint, survey)[Q])
     for engine in ENGINES:
         for rule in get_engine(engine).rules:
             assert _named(rule) <= known, rule.id
@@ -331,30 +332,3 @@ def test_stray_files_are_loaded_by_engines_that_take_every_file(dense_models: Ca
     shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00009.safetensors")
     assert broken(folder, "mlx")["stray-files"] == "misread"
     assert verdict(folder, "vllm").good
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("group_size", [-1, 16, 32, 48, 64, 96, 128, 256])
-def test_vllms_kernels_are_those_of_its_compressed_tensors_rules(bits: int, group_size: int) -> None:
-    """Two readings of the same sources, made apart."""
-    rule = next(rule for rule in get_engine("vllm").rules if rule.id == "ct-kernel")
-    least = next(rule for rule in get_engine("vllm").rules if rule.id == "ct-bits")
-    for sym in (False, True):
-        for in_features in (64, 96, 100, 4096):
-            for out_features in (16, 36, 40, 64, 4096):
-                facts = {
-                    "format": "compressed-tensors",
-                    "bits": bits,
-                    "group_size": group_size,
-                    "grouped": group_size > 0,
-                    "sym": sym,
-                    "in_features": in_features,
-                    "out_features": out_features,
-                    "in_bits": in_features * bits,
-                    "out_bits": out_features * bits,
-                }
-                taken = any(
-                    kernel.takes(QuantScheme(bits, group_size, sym=sym), out_features, in_features)
-                    for kernel in KERNELS
-                )
-                assert taken is not (rule.broken_by(facts) or least.broken_by(facts)), facts
