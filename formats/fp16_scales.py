@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from .affine import dequantize, expand_groups
 from .base import Exactness, Format
 from .errors import UnsupportedSchemeError
 from .packed import PackedLinear
+from .rounding import holds_scales, scale_rounding_bound
 from .types import QuantizedLinear
 
 __all__ = ["Fp16ScalesFormat"]
@@ -43,19 +41,8 @@ class Fp16ScalesFormat(Format):
 
     def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """EXACT when every scale is an fp16 number."""
-        scales = layer.scales
-        exact = scales.dtype == torch.float16 or torch.equal(scales.half().to(scales.dtype), scales)
-        return Exactness.EXACT if exact else Exactness.ROUNDED
+        return Exactness.EXACT if holds_scales(layer.scales, torch.float16) else Exactness.ROUNDED
 
     def bound(self, layer: QuantizedLinear) -> Tensor:
-        """``|fp16(s) - s| * |q - z|``, plus half an ulp of each of the two fp32 products; ``[out, in]``."""
-        difference = (layer.scales.double().half().double() - layer.scales.double()).abs()
-        if layer.g_idx is None:
-            columns = expand_groups(difference, layer.in_features, layer.scheme.group_size)
-        else:
-            columns = difference[:, layer.group_index()]
-        weight = dequantize(layer, torch.float64)
-        steps = dequantize(replace(layer, scales=torch.ones_like(layer.scales)), torch.float64).abs()
-        rounding = torch.finfo(torch.float32).eps * weight.abs() + torch.finfo(torch.float32).smallest_normal
-        limit = steps * columns
-        return torch.where(limit == 0, 0.0, limit + rounding).float()
+        """What rounding scales to fp16 does; ``[out, in]``."""
+        return scale_rounding_bound(layer, torch.float16)
