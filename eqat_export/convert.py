@@ -8,6 +8,7 @@ quantized layer keep their bytes and dtype unless the format says otherwise (``d
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from formats.affine import dequantize
 from formats.base import Exactness, Format, PackedFormat
 from formats.container import Choice, ModelWriter
 from formats.dense import DenseFormat
-from formats.errors import CheckpointError, InputError, UnsupportedSchemeError
+from formats.errors import CheckpointError, EqatError, InputError, UnsupportedSchemeError
 from formats.model import Checkpoint, holds, open_checkpoint
 from formats.model_writer import create_model, encode_layer, write_layer
 from formats.packed import PackedLinear
@@ -94,7 +95,7 @@ class Conversion:
         exactness: exactness class of every layer written.
         rounded: layers whose weights were rounded.
         read: layers whose source stores zero-points as rounded products; what taking whole ones costs.
-        casts: passthrough tensors whose cast was not exact (``dense`` only).
+        casts: biases and passthrough tensors whose cast was not exact.
         weights: parameters inside quantized layers.
         layer_bytes: bytes that the layers take in the output.
         total_bytes: bytes of all tensors in the output.
@@ -174,8 +175,11 @@ def convert(
                 f"{source} is a full-precision model, and export converts quantized ones: eqat train {source}"
             )
         _check_output(source, out)
-        writer = create_model(form, out, checkpoint, shard_size=shard_size, force=force)
-        check_layers(checkpoint, form)
+        try:
+            writer = create_model(form, out, checkpoint, shard_size=shard_size, force=force)
+            check_layers(checkpoint, form)
+        except UnsupportedSchemeError as error:
+            raise _with_ways_out(error, checkpoint, out) from error
         result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
         with writer:
             step = start(len(checkpoint.layer_names))
@@ -201,25 +205,27 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
         try:
             form.check(checkpoint.layer_scheme(name), *checkpoint.layer_features(name))
         except UnsupportedSchemeError as error:
-            others = ", ".join(formats_that_hold(checkpoint)) or "none"
-            raise UnsupportedSchemeError(f"layer {name}: {error} (formats that hold every layer: {others})") from error
+            raise error.at(f"layer {name}") from error
     if checkpoint.scheme is not None:  # some formats have no words for layers that differ
         form.quantization_config(checkpoint.scheme, checkpoint.ignore, checkpoint.overrides_for(form))
 
 
-def formats_that_hold(checkpoint: Checkpoint) -> list[str]:
-    """Ids of the formats whose ``check`` accepts every layer, dense aside, which always does."""
-    shapes = {
-        name: (checkpoint.layer_scheme(name), *checkpoint.layer_features(name)) for name in checkpoint.layer_names
-    }
-    return [fmt.id for fmt in map(get_format, available_formats()) if fmt.readable and _holds_all(fmt, shapes)]
+def _with_ways_out(error: UnsupportedSchemeError, checkpoint: Checkpoint, out: Path) -> UnsupportedSchemeError:
+    """A refusal that names the formats that hold every layer, and suggests no other."""
+    holding = [form.id for form in map(get_format, available_formats()) if _holds_all(checkpoint, form, out)]
+    narrowed = UnsupportedSchemeError(error.reason, instead=[name for name in error.instead if name in holding])
+    return UnsupportedSchemeError(f"{narrowed} (formats that hold every layer: {', '.join(holding) or 'none'})")
 
 
-def _holds_all(fmt: Format, layers: Mapping[str, tuple[QuantScheme, int, int]]) -> bool:
+def _holds_all(checkpoint: Checkpoint, form: Format, out: Path) -> bool:
+    """True when a conversion is certain not to be refused; dense, which always holds the weights, aside."""
+    schemes = {checkpoint.layer_scheme(name) for name in checkpoint.layer_names if holds(form, name)}
+    if not form.readable or any(map(form.depends_on_values, schemes)):
+        return False
     try:
-        for layer in {layer for name, layer in layers.items() if holds(fmt, name)}:
-            fmt.check(*layer)
-    except UnsupportedSchemeError:
+        create_model(form, out.with_name(f".{out.name}.{secrets.token_hex(4)}"), checkpoint)  # writes nothing yet
+        check_layers(checkpoint, form)
+    except EqatError:
         return False
     return True
 
@@ -237,6 +243,8 @@ def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name
         stored = encode_layer(form, name, layer)
         for local, tensor in stored.items():
             writer.add(f"{name}.{local}", tensor)
+    if layer.bias is not None and "bias" in stored:
+        _measure_cast(f"{name}.bias", layer.bias, stored["bias"], result.casts)
     result.exactness[_measure(form, name, layer, stored, result.rounded)] += 1
     result.total_bytes += sum(tensor.nbytes for tensor in stored.values())
 
@@ -309,16 +317,20 @@ def _write_tensor(
     tensor = checkpoint.get(name)
     if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
         cast = tensor.to(dtype)
-        if not torch.equal(cast.to(tensor.dtype), tensor):
-            limits = torch.finfo(dtype)
-            exact = tensor.float()
-            # half a unit in the last place, and half the smallest subnormal number
-            bound = exact.abs() * (limits.eps / 2) + limits.smallest_normal * limits.eps / 2
-            result.casts.add(name, exact, cast, bound)
-            result.casts.tensors += 1
+        _measure_cast(name, tensor, cast, result.casts)
         tensor = cast
     writer.add(name, tensor)
     result.total_bytes += tensor.nbytes
+
+
+def _measure_cast(name: str, tensor: Tensor, cast: Tensor, casts: Rounding) -> None:
+    if torch.equal(cast.to(tensor.dtype), tensor):
+        return
+    limits = torch.finfo(cast.dtype)
+    exact = tensor.float()
+    # half a unit in the last place, and half the smallest subnormal number
+    casts.add(name, exact, cast, exact.abs() * (limits.eps / 2) + limits.smallest_normal * limits.eps / 2)
+    casts.tensors += 1
 
 
 def _check_output(source: Path, out: Path) -> None:

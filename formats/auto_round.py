@@ -63,7 +63,7 @@ class AutoRoundFormat(Fp16ScalesFormat, QweightFormat):
         if scheme.bits not in _BITS:
             raise UnsupportedSchemeError(f"auto-round holds 2 to 8 bits, not {scheme.bits}; use --to native")
         if scheme.desc_act:
-            raise UnsupportedSchemeError("auto-round has no g_idx, which desc_act needs; use --to gptq")
+            raise UnsupportedSchemeError("auto-round has no g_idx, which desc_act needs", instead=("gptq",))
         for axis, size in (("in_features", in_features), ("out_features", out_features)):
             if size % _STEP:
                 raise UnsupportedSchemeError(

@@ -40,10 +40,10 @@ class AwqFormat(Fp16ScalesFormat):
         """4 bits, consecutive groups that divide in_features, and out_features in eights."""
         if scheme.bits != _BITS:
             raise UnsupportedSchemeError(
-                f"awq holds 4 bits, not {scheme.bits}; use --to compressed-tensors or --to gptq_v2"
+                f"awq holds 4 bits, not {scheme.bits}", instead=("compressed-tensors", "gptq_v2")
             )
         if scheme.desc_act:
-            raise UnsupportedSchemeError("awq has no g_idx, which desc_act needs; use --to gptq")
+            raise UnsupportedSchemeError("awq has no g_idx, which desc_act needs", instead=("gptq",))
         if out_features % _PER_WORD:
             raise UnsupportedSchemeError(
                 f"out_features is {out_features}; awq at 4 bits takes multiples of {_PER_WORD}; "
@@ -53,7 +53,8 @@ class AwqFormat(Fp16ScalesFormat):
             fitting = [str(size) for size in _GROUPS if in_features % size == 0]
             raise UnsupportedSchemeError(
                 f"group_size is {scheme.group_size} and in_features {in_features}; awq takes -1, 16, 32, 64 "
-                f"and 128 where they divide in_features; these do: {', '.join([*fitting, '-1'])}; or use --to gptq_v2"
+                f"and 128 where they divide in_features; these do: {', '.join([*fitting, '-1'])}",
+                instead=("gptq_v2",),
             )
 
     def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -111,8 +112,8 @@ class AwqFormat(Fp16ScalesFormat):
         for name, other in overrides.items():
             if (other.bits, other.group_size) != own:
                 raise UnsupportedSchemeError(
-                    f"layer {name} is {other} in a {scheme} model; awq has one bits and one group_size; "
-                    "use --to compressed-tensors or --to gptq_v2"
+                    f"layer {name} is {other} in a {scheme} model; awq has one bits and one group_size",
+                    instead=("compressed-tensors", "gptq_v2"),
                 )
         config: dict[str, Any] = {
             "quant_method": "awq",

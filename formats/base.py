@@ -102,6 +102,10 @@ class Format(ABC):
     def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
         """Raises UnsupportedSchemeError, naming value, allowed and way out, if the layer cannot be held."""
 
+    def depends_on_values(self, scheme: QuantScheme) -> bool:
+        """True where ``encode`` may refuse a layer that ``check`` accepts, for its integers."""
+        return False
+
     @abstractmethod
     def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
         """Local tensor name -> tensor, contiguous, exactly as stored."""

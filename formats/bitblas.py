@@ -84,7 +84,7 @@ class BitblasFormat(GptqmodelFormat):
             raise UnsupportedSchemeError(f"bitblas holds 2, 4 and 8 bits, not {stored.bits}; {fix}, or use --to native")
         if scheme.desc_act:
             raise UnsupportedSchemeError(
-                "bitblas has no act-order (desc_act): its kernels take no g_idx; use --to gptq"
+                "bitblas has no act-order (desc_act): its kernels take no g_idx", instead=("gptq",)
             )
         for axis, size in (("in_features", in_features), ("out_features", out_features)):
             if size % _STEP:
@@ -97,7 +97,8 @@ class BitblasFormat(GptqmodelFormat):
             fitting = [group for group in _GROUPS[:0:-1] if in_features % group == 0]
             raise UnsupportedSchemeError(
                 f"group_size is {size}, in_features {in_features}; bitblas takes "
-                f"{', '.join(map(str, [*fitting, -1]))} here; use --to gptq"
+                f"{', '.join(map(str, [*fitting, -1]))} here",
+                instead=("gptq",),
             )
 
     def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
@@ -178,7 +179,8 @@ class BitblasFormat(GptqmodelFormat):
             if self._stored(override) != self._stored(scheme):
                 raise UnsupportedSchemeError(
                     f"layer {name} is {override}, the model {scheme}; readers of bitblas build every layer with the "
-                    "model's bits and group_size; use --to gptq"
+                    "model's bits and group_size",
+                    instead=("gptq",),
                 )
         within = [name for name in ignore if name != "lm_head" or name not in overrides]
         return super().quantization_config(self._stored(scheme), within)

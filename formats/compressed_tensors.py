@@ -57,8 +57,8 @@ class CompressedTensorsFormat(PackedFormat):
         """No act-order, a group size that divides in_features, and whole words where there is one group a row."""
         if scheme.desc_act:
             raise UnsupportedSchemeError(
-                f"desc_act is set, and readers of {self.id} dropped act-order (compressed-tensors 0.19, vLLM 0.33); "
-                "use --to gptq_v2 or native"
+                f"desc_act is set, and readers of {self.id} dropped act-order (compressed-tensors 0.19, vLLM 0.33)",
+                instead=("gptq_v2", "native"),
             )
         if scheme.group_size == -1 and in_features * scheme.bits % _WORD_BITS:
             raise UnsupportedSchemeError(

@@ -15,6 +15,8 @@ A message states the value, what is allowed and the fix, in one line.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointError",
     "EqatError",
@@ -37,7 +39,22 @@ class InvalidLayerError(EqatError, ValueError):
 
 
 class UnsupportedSchemeError(EqatError, ValueError):
-    """A format cannot hold the scheme or the shape; the text names what would work."""
+    """A format cannot hold the scheme or the shape; the text names what would work.
+
+    Args:
+        reason: what is not held, and what else the same format takes.
+        instead: ids of formats that hold it; of a whole checkpoint only some of them may.
+    """
+
+    def __init__(self, reason: str, *, instead: Iterable[str] = ()) -> None:
+        self.reason = reason
+        self.instead = tuple(instead)
+        ways = " or ".join(f"--to {name}" for name in self.instead)
+        super().__init__(f"{reason}; use {ways}" if ways else reason)
+
+    def at(self, place: str) -> UnsupportedSchemeError:
+        """The same, saying where."""
+        return UnsupportedSchemeError(f"{place}: {self.reason}", instead=self.instead)
 
 
 class UnknownFormatError(EqatError, ValueError):

@@ -66,13 +66,14 @@ class MlxFormat(PackedFormat):
                 f"mlx holds 2, 3, 4, 5, 6 and 8 bits, not {scheme.bits}; use one of those or --to native"
             )
         if scheme.desc_act:
-            raise UnsupportedSchemeError("mlx has no g_idx, which desc_act needs; use --to gptq")
+            raise UnsupportedSchemeError("mlx has no g_idx, which desc_act needs", instead=("gptq",))
         if scheme.group_size not in _GROUPS or in_features % scheme.group_size:
             fitting = [str(size) for size in _GROUPS if in_features % size == 0]
-            way_out = f"these fit: {', '.join(fitting)}; or use --to gptq_v2" if fitting else "use --to gptq_v2"
+            way_out = f"; these fit: {', '.join(fitting)}" if fitting else ""
             raise UnsupportedSchemeError(
                 f"group_size is {scheme.group_size} and in_features {in_features}; mlx takes groups of 32, 64 or 128 "
-                f"that divide in_features; {way_out}"
+                f"that divide in_features{way_out}",
+                instead=("gptq_v2",),
             )
 
     def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ def encode_layer(fmt: Format, name: str, layer: QuantizedLinear | PackedLinear) 
             return fmt.encode_packed(layer)
         return fmt.encode(layer if fmt.takes_packed else layer.unpack())  # type: ignore[arg-type]
     except UnsupportedSchemeError as exc:
-        raise UnsupportedSchemeError(f"layer {name}: {exc}") from exc
+        raise exc.at(f"layer {name}") from exc
 
 
 def write_layer(writer: LayerSink, fmt: Format, name: str, layer: QuantizedLinear | PackedLinear) -> dict[str, Tensor]:

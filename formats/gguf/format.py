@@ -82,7 +82,7 @@ class GgufFormat(Format):
         """Blocks need consecutive groups of whole blocks; 32 weights, or 64 for Q2_0."""
         if scheme.desc_act:
             raise UnsupportedSchemeError(
-                "gguf has no act-order (desc_act): groups are consecutive blocks; --to gptq holds g_idx"
+                "gguf has no act-order (desc_act): groups are consecutive blocks", instead=("gptq",)
             )
         if scheme.group_size != -1 and in_features % scheme.group_size:
             raise UnsupportedSchemeError(
@@ -96,6 +96,10 @@ class GgufFormat(Format):
             raise UnsupportedSchemeError(
                 f"{scheme} does not fit gguf: {problem}, and both have to be multiples of it; use {way}"
             )
+
+    def depends_on_values(self, scheme: QuantScheme) -> bool:
+        """The widest type holds any integer of fewer bits than its own, and its own if they are symmetric."""
+        return self.forced is None and scheme.bits >= WRITABLE[-1].bits and not scheme.sym
 
     def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedLayer:
         """blocks ``[out, in / 32, bytes of 32 weights]`` and, if there is one, the bias in fp32."""

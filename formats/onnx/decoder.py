@@ -63,11 +63,12 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
     if family not in FAMILIES:
         raise UnsupportedSchemeError(
             f"onnx has no graph for model_type {family!r}; it has {', '.join(FAMILIES)}; "
-            "use --to gptq, or --to dense and the runtime's own exporter"
+            "dense weights and the runtime's own exporter are another way",
+            instead=("gptq",),
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise UnsupportedSchemeError(f"onnx has no graph for hidden_act {activation!r}, only silu; use --to gptq")
+        raise UnsupportedSchemeError(f"onnx has no graph for hidden_act {activation!r}, only silu", instead=("gptq",))
     layers, heads = _count(config, "num_hidden_layers"), _count(config, "num_attention_heads")
     hidden = _count(config, "hidden_size")
     epsilon = config.get("rms_norm_eps")
@@ -122,7 +123,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     partial = found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if kind not in _ROPES or partial != 1.0:
         what = f"rope_type {kind!r}" if kind not in _ROPES else f"partial_rotary_factor {partial}"
-        raise UnsupportedSchemeError(f"onnx has no graph for {what}; it has {', '.join(_ROPES)}; use --to gptq")
+        raise UnsupportedSchemeError(f"onnx has no graph for {what}; it has {', '.join(_ROPES)}", instead=("gptq",))
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for key in ("rope_theta", *needed[kind]):
         if not isinstance(found.get(key), (int, float)):

@@ -82,8 +82,8 @@ def build_graph(
     left = [name for name in tensors if name not in graph.used and not name.endswith(_RECOMPUTED)]
     if left:
         raise UnsupportedSchemeError(
-            f"onnx has no place for {left[0]} in its graph of {decoder.family} ({len(left)} tensors left over); "
-            "use --to gptq"
+            f"onnx has no place for {left[0]} in its graph of {decoder.family} ({len(left)} tensors left over)",
+            instead=("gptq",),
         )
     return graph.model()
 

@@ -92,11 +92,12 @@ class OnnxFormat(PackedFormat):
             fitting = 4 if stored < 4 else 8
             raise UnsupportedSchemeError(
                 f"onnxruntime computes with 2, 4 and 8 bits, not {stored}; --container-bits {fitting} stores the same "
-                "numbers in wider fields, or use --to gptq"
+                "numbers in wider fields",
+                instead=("gptq",),
             )
         if scheme.desc_act:
             raise UnsupportedSchemeError(
-                "onnx has no act-order (desc_act): g_idx is deprecated in onnxruntime; use --to gptq"
+                "onnx has no act-order (desc_act): g_idx is deprecated in onnxruntime", instead=("gptq",)
             )
         if scheme.group_size != -1 and scheme.group_size % _SMALLEST_BLOCK:
             raise UnsupportedSchemeError(

@@ -174,7 +174,7 @@ def test_the_linears_bias_is_narrowed_where_that_is_exact(make_layer) -> None:
     [
         (QuantScheme(7, 32), (64, 128), "2, 3, 4, 5, 6 and 8 bits, not 7"),
         (QuantScheme(1, 32), (64, 128), "not 1"),
-        (QuantScheme(4, 16), (64, 128), r"group_size is 16 .*; these fit: 32, 64, 128; or use --to gptq_v2"),
+        (QuantScheme(4, 16), (64, 128), r"group_size is 16 .*; these fit: 32, 64, 128; use --to gptq_v2"),
         (QuantScheme(4, -1), (64, 64), r"group_size is -1 .*; these fit: 32, 64"),
         (QuantScheme(4, 64), (64, 96), r"group_size is 64 and in_features 96; .*; these fit: 32;"),
         (QuantScheme(4, 32), (64, 40), "that divide in_features; use --to gptq_v2"),
