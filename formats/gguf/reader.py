@@ -113,7 +113,7 @@ class GgufReader:
         name, shape = f"{self._modules[module]}.{suffix}", stored.shape
         if stored.type in _DENSE:
             info = TensorInfo(_DENSE[stored.type], shape, stored.nbytes, self.folder.name)
-        elif ggml_name in _OUTER:
+        elif ggml_name in _OUTER and not self._is_own_head(ggml_name, stored):
             info = TensorInfo(torch.float32, shape, 4 * shape[0] * shape[1], self.folder.name)
         elif stored.type in BLOCK_TYPES and len(shape) == 2 and suffix == "weight":
             name = f"{self._modules[module]}.blocks"
@@ -129,6 +129,10 @@ class GgufReader:
             )
         self._sources[name] = ggml_name
         return name, info
+
+    def _is_own_head(self, ggml_name: str, stored: GgufTensor) -> bool:
+        """A head that was a quantized layer of the checkpoint a file of ours was made from."""
+        return ggml_name == "output.weight" and SCHEME_KEY in self.metadata and stored.type in BLOCK_TYPES
 
     def _quantization(self) -> dict[str, Any]:
         """Ours as written; otherwise each layer's block type, the most frequent one model-wide."""

@@ -212,7 +212,7 @@ class GgufWriter(ModelWriter):
             add_hyper_parameters(writer, self._config, self._family)
             writer.add_file_type(0)
             if source.scheme is not None:
-                told = form.quantization_config(source.scheme, source.ignore, source.overrides)
+                told = form.quantization_config(source.scheme, source.ignore, source.overrides_for(form))
                 writer.add_string(SCHEME_KEY, json.dumps(told, separators=(",", ":")))
             return self._add_tokenizer(writer, source, form)
 
