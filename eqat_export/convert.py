@@ -25,7 +25,7 @@ from formats.base import Exactness, Format, PackedFormat
 from formats.container import Choice, ModelWriter
 from formats.dense import DenseFormat
 from formats.errors import CheckpointError, EqatError, InputError, UnsupportedSchemeError
-from formats.model import Checkpoint, holds, open_checkpoint
+from formats.model import Checkpoint, open_checkpoint
 from formats.model_writer import create_model, encode_layer, write_layer
 from formats.packed import PackedLinear
 from formats.types import QuantizedLinear, QuantScheme
@@ -200,7 +200,7 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
         UnsupportedSchemeError: the first layer that the format cannot hold, by name, or cannot hold beside the others.
     """
     for name in checkpoint.layer_names:
-        if not holds(form, name):
+        if not form.holds_module(name):
             continue
         try:
             form.check(checkpoint.layer_scheme(name), *checkpoint.layer_features(name))
@@ -219,7 +219,7 @@ def _with_ways_out(error: UnsupportedSchemeError, checkpoint: Checkpoint, out: P
 
 def _holds_all(checkpoint: Checkpoint, form: Format, out: Path) -> bool:
     """True when a conversion is certain not to be refused; dense, which always holds the weights, aside."""
-    schemes = {checkpoint.layer_scheme(name) for name in checkpoint.layer_names if holds(form, name)}
+    schemes = {checkpoint.layer_scheme(name) for name in checkpoint.layer_names if form.holds_module(name)}
     if not form.readable or any(map(form.depends_on_values, schemes)):
         return False
     try:
@@ -234,7 +234,7 @@ def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name
     layer = _as_configured(checkpoint, name)
     if checkpoint.format is not None and checkpoint.format.rounds_zeros:
         _measure_reading(checkpoint, checkpoint.format, name, layer, result.read)
-    if holds(form, name):
+    if form.holds_module(name):
         stored = write_layer(writer, form, name, layer)
         result.weights += layer.out_features * layer.in_features
         result.layer_bytes += sum(tensor.nbytes for tensor in stored.values())

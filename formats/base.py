@@ -24,22 +24,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .affine import dequantize
-from .container import ModelReader, ModelWriter
+from .container import ModelReader, ModelWriter, SourceModel
 from .errors import CheckpointError
 from .packed import PackedLinear
 from .types import GroupedLayer, QuantizedLinear, QuantScheme
 
-if TYPE_CHECKING:
-    from .model import Checkpoint
-
 __all__ = ["NO_OVERRIDES", "Exactness", "Format", "FormatOption", "PackedFormat"]
 
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 NO_OVERRIDES: Mapping[str, QuantScheme] = MappingProxyType({})
 
 
@@ -105,6 +103,10 @@ class Format(ABC):
     def depends_on_values(self, scheme: QuantScheme) -> bool:
         """True where ``encode`` may refuse a layer that ``check`` accepts, for its integers."""
         return False
+
+    def holds_module(self, name: str) -> bool:
+        """True unless it is a token embedding and this format's readers take those as ordinary weights only."""
+        return self.embeddings or name.rpartition(".")[2] not in EMBEDDINGS
 
     @abstractmethod
     def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -227,7 +229,7 @@ class Format(ABC):
         """The container behind a path that ``reads`` claims."""
         raise NotImplementedError(f"{self.id} claims {path} and has no reader for it")
 
-    def create(self, out: Path, source: Checkpoint, *, shard_size: int, force: bool) -> ModelWriter | None:
+    def create(self, out: Path, source: SourceModel, *, shard_size: int, force: bool) -> ModelWriter | None:
         """A writer for a conversion of ``source`` to ``out``; None where a safetensors folder is what readers want."""
         return None
 

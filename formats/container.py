@@ -17,8 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from .safetensors_header import TensorInfo
+from .types import QuantScheme
 
-__all__ = ["Choice", "HasCompanions", "ModelReader", "ModelWriter"]
+__all__ = ["Choice", "HasCompanions", "ModelReader", "ModelWriter", "SourceModel"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,40 @@ class HasCompanions(Protocol):
 
     def write_companions(self, folder: Path) -> None:
         """The tokenizer as files of a Hugging Face folder."""
+
+
+class SourceModel(Protocol):
+    """The quantized model that a writer takes over, as far as writers look at it; ``model.Checkpoint`` is one.
+
+    Attributes:
+        reader: the container underneath.
+        layer_names: module paths of quantized linears.
+        passthrough_names: full names of all other tensors.
+        scheme: the model-wide scheme.
+        ignore: matrices beside quantized layers that are not quantized.
+    """
+
+    reader: ModelReader
+    layer_names: tuple[str, ...]
+    passthrough_names: tuple[str, ...]
+
+    @property
+    def scheme(self) -> QuantScheme | None: ...
+
+    @property
+    def ignore(self) -> tuple[str, ...]: ...
+
+    def layer_scheme(self, name: str) -> QuantScheme:
+        """Scheme of one layer."""
+
+    def layer_features(self, name: str) -> tuple[int, int]:
+        """``(out_features, in_features)`` of one layer."""
+
+    def layer_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of a layer's local tensors."""
+
+    def overrides_for(self, fmt: Any) -> dict[str, QuantScheme]:
+        """Layers, among those the format holds, whose scheme is not the model-wide one."""
 
 
 class ModelWriter(ABC):

@@ -21,9 +21,8 @@ from .packed import PackedLinear
 from .registry import available_formats, get_format
 from .types import QuantizedLinear, QuantScheme
 
-__all__ = ["Checkpoint", "holds", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 _PACKED_SUFFIXES = (".qweight", ".weight_packed", ".qzeros")
 
 
@@ -96,7 +95,7 @@ class Checkpoint:
 
     def overrides_for(self, fmt: Format) -> dict[str, QuantScheme]:
         """Overrides of the layers that another format holds quantized."""
-        return {name: scheme for name, scheme in self.overrides.items() if holds(fmt, name)}
+        return {name: scheme for name, scheme in self.overrides.items() if fmt.holds_module(name)}
 
     @cached_property
     def ignore(self) -> tuple[str, ...]:
@@ -219,11 +218,6 @@ class Checkpoint:
         if self.format is None:
             raise CheckpointError(f"{self.reader.folder} is in full precision; it has no quantized layer {name!r}")
         return self.format
-
-
-def holds(fmt: Format, name: str) -> bool:
-    """True unless the module is a token embedding, and this format's readers take those as ordinary weights only."""
-    return fmt.embeddings or name.rpartition(".")[2] not in EMBEDDINGS
 
 
 def _containers(asked: Format | None) -> Iterator[Format]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from formats.errors import CheckpointError
 from formats.model import Checkpoint
-from formats.onnx.graph import IR_VERSION, ONNX_TYPES, OPSET
-from formats.onnx.layout import GRAPH_NAME, OnnxFormat
+from formats.onnx.graph import GRAPH_NAME, IR_VERSION, ONNX_TYPES, OPSET
+from formats.onnx.layout import OnnxLayout
 from formats.onnx.reader import load_graph
 
 from .base import Runtime, Session
@@ -50,7 +50,7 @@ class OnnxruntimeRuntime(Runtime):
 
     def load(self, checkpoint: Checkpoint, device: torch.device) -> Session:
         """See :class:`Runtime`."""
-        if not isinstance(checkpoint.format, OnnxFormat):
+        if not isinstance(checkpoint.format, OnnxLayout):
             raise CheckpointError(f"{checkpoint.reader.folder} is no ONNX model")
         return _OnnxSession(checkpoint, checkpoint.format.scale_dtype)
 

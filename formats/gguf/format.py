@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..affine import dequantize, expand_groups
 from ..base import NO_OVERRIDES, Exactness, Format, FormatOption
-from ..container import ModelReader, ModelWriter
+from ..container import ModelReader, ModelWriter, SourceModel
 from ..errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from ..packed import PackedLinear
 from ..qweight import config_integer
@@ -23,9 +23,6 @@ from .decoding import decode_blocks, regroup
 from .fitting import TypeChoice, choose, fit, integers, refusal, within
 from .header import is_gguf
 from .pre_tokenizers import NAMES as PRE_TOKENIZERS
-
-if TYPE_CHECKING:
-    from ..model import Checkpoint
 
 __all__ = ["EncodedLayer", "GgufFormat"]
 
@@ -202,11 +199,11 @@ class GgufFormat(Format):
 
         return GgufReader(path)
 
-    def create(self, out: Path, source: Checkpoint, *, shard_size: int, force: bool) -> ModelWriter:
+    def create(self, out: Path, source: SourceModel, *, shard_size: int, force: bool) -> ModelWriter:
         """One file whatever ``shard_size`` says: llama.cpp's own tools split and merge."""
         from .writer import GgufWriter  # noqa: PLC0415
 
-        return GgufWriter(out, source, self, force=force)
+        return GgufWriter(out, source, self, pre_tokenizer=self.pre_tokenizer, force=force)
 
     def _from_stream(self, layer: QuantizedLinear | PackedLinear) -> tuple[dict[str, Tensor], TypeChoice] | None:
         """Packed 2-bit codes whose zeros all fit Q2_0, which holds the same stream; None for any other layer."""

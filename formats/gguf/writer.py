@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..base import Format
 from ..checkpoint_writer import sync, writing
-from ..container import Choice, ModelWriter
+from ..container import Choice, ModelWriter, SourceModel
 from ..errors import CheckpointError, OutputExistsError, UnsupportedSchemeError
 from .blocks import BLOCK_TYPES, UNIT, block_type_of
 from .families import NameMap, family_of_config, permutation
@@ -32,10 +33,6 @@ from .metadata import add_hyper_parameters, head_width
 from .reader import GgufReader
 from .rope import llama3_factors, rope_parameters
 from .tokenizer import add_tokenizer, copy_tokenizer
-
-if TYPE_CHECKING:
-    from ..model import Checkpoint
-    from .format import GgufFormat
 
 __all__ = ["GgufWriter"]
 
@@ -60,7 +57,8 @@ class GgufWriter(ModelWriter):
     Args:
         out: the file.
         source: the checkpoint that is converted: names and shapes of its tensors, configuration and tokenizer.
-        form: the format with its options.
+        form: what the file says of its own layers.
+        pre_tokenizer: llama.cpp's name for how text is split before the tokenizer; recognised without it.
         force: replace an existing GGUF file, only once the new one is complete.
 
     Raises:
@@ -70,7 +68,9 @@ class GgufWriter(ModelWriter):
         MissingExtraError: the gguf package is not installed.
     """
 
-    def __init__(self, out: Path | str, source: Checkpoint, form: GgufFormat, *, force: bool) -> None:
+    def __init__(
+        self, out: Path | str, source: SourceModel, form: Format, *, pre_tokenizer: str | None = None, force: bool
+    ) -> None:
         self.path = Path(os.path.abspath(out))
         self._force = force
         self._check_output()
@@ -81,7 +81,7 @@ class GgufWriter(ModelWriter):
         self._rope = llama3_factors(rope_parameters(self._config), head_width(self._config))
         self._entries = self._plan(source)
         self._choices: list[Choice] = []
-        self._metadata, self._count = self._metadata_bytes(source, form)
+        self._metadata, self._count = self._metadata_bytes(source, form, pre_tokenizer)
         self._working = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
         self._new_parents: list[Path] = []
         self._file: BinaryIO | None = None
@@ -180,7 +180,7 @@ class GgufWriter(ModelWriter):
         self._working.replace(self.path)
         sync(self.path.parent)
 
-    def _plan(self, source: Checkpoint) -> dict[str, _Entry]:
+    def _plan(self, source: SourceModel) -> dict[str, _Entry]:
         """Every tensor of the file, by ggml's name, with its shape."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in source.layer_names:
@@ -204,7 +204,7 @@ class GgufWriter(ModelWriter):
         """lm_head of a model whose configuration ties it: another copy of the embedding."""
         return self._tied and name == "lm_head.weight"
 
-    def _metadata_bytes(self, source: Checkpoint, form: GgufFormat) -> tuple[bytes, int]:
+    def _metadata_bytes(self, source: SourceModel, form: Format, pre_tokenizer: str | None) -> tuple[bytes, int]:
         """Metadata entries as the gguf package writes them, and how many they are."""
 
         def add(writer: Any) -> bool:
@@ -214,14 +214,14 @@ class GgufWriter(ModelWriter):
             if source.scheme is not None:
                 told = form.quantization_config(source.scheme, source.ignore, source.overrides_for(form))
                 writer.add_string(SCHEME_KEY, json.dumps(told, separators=(",", ":")))
-            return self._add_tokenizer(writer, source, form)
+            return self._add_tokenizer(writer, source, pre_tokenizer)
 
         return metadata_bytes(self._family.architecture, add)
 
-    def _add_tokenizer(self, writer: Any, source: Checkpoint, form: GgufFormat) -> bool:
+    def _add_tokenizer(self, writer: Any, source: SourceModel, pre_tokenizer: str | None) -> bool:
         if isinstance(source.reader, GgufReader):
             return copy_tokenizer(writer, source.reader.metadata)
-        return add_tokenizer(writer, source.reader.folder, self._config["vocab_size"], form.pre_tokenizer)
+        return add_tokenizer(writer, source.reader.folder, self._config["vocab_size"], pre_tokenizer)
 
     def _with_file_type(self) -> bytes:
         """The metadata with ``general.file_type`` set to the type of most weights."""

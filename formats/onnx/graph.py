@@ -26,8 +26,9 @@ from .decoder import Decoder
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["IR_VERSION", "ONNX_TYPES", "OPSET", "OWN_PREFIX", "ROTARY_NAMES", "NBits", "build_graph"]
+__all__ = ["GRAPH_NAME", "IR_VERSION", "ONNX_TYPES", "OPSET", "OWN_PREFIX", "ROTARY_NAMES", "NBits", "build_graph"]
 
+GRAPH_NAME = "model.onnx"
 OWN_PREFIX = "/"
 ROTARY_NAMES = ("/rotary/cos", "/rotary/sin")
 ONNX_TYPES = {  # onnx.TensorProto.DataType

@@ -16,15 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..base import NO_OVERRIDES, Exactness, FormatOption, PackedFormat
-from ..checkpoint_reader import read_json
-from ..container import ModelReader, ModelWriter
 from ..errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from ..packed import PackedLinear
 from ..packing import pack_bits, packed_length, unpack_bits
@@ -32,19 +29,15 @@ from ..qweight import config_integer
 from ..rounding import holds_scales, scale_rounding_bound
 from ..types import SCALE_DTYPES, QuantizedLinear, QuantScheme
 
-if TYPE_CHECKING:
-    from ..model import Checkpoint
+__all__ = ["DTYPES", "OnnxLayout", "block_size"]
 
-__all__ = ["DTYPES", "GRAPH_NAME", "OnnxFormat"]
-
-GRAPH_NAME = "model.onnx"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 ACCURACY_LEVELS = ("0", "1", "4")
 _BITS = (2, 4, 8)
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 
 
-class OnnxFormat(PackedFormat):
+class OnnxLayout(PackedFormat):
     """MatMulNBits in an ONNX graph; exact when scales are numbers of ``scale_dtype``, as they always are of float32.
 
     Args:
@@ -206,7 +199,7 @@ class OnnxFormat(PackedFormat):
         overrides = config.get("overrides") or {}
         return _scheme(overrides[name] if name in overrides else config)
 
-    def configured(self, config: Mapping[str, Any]) -> OnnxFormat:
+    def configured(self, config: Mapping[str, Any]) -> OnnxLayout:
         """With the options that the file was written with."""
         container = config.get("container_bits")
         level = str(config.get("accuracy_level", 0))
@@ -214,30 +207,11 @@ class OnnxFormat(PackedFormat):
             raise CheckpointError(
                 f"container_bits is {container!r}, accuracy_level {level}; expected 4 or 8, and 0 to 4"
             )
-        return OnnxFormat(config.get("scale_dtype", "float32"), container and str(container), level)
+        return type(self)(config.get("scale_dtype", "float32"), container and str(container), level)
 
     def detect(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """By its quant_method."""
         return config.get("quant_method") == self.id
-
-    def reads(self, path: Path) -> bool:
-        """A folder with a graph, and a configuration that calls it ours."""
-        if not (path / GRAPH_NAME).is_file() or not (path / "config.json").is_file():
-            return False
-        config = read_json(path / "config.json").get("quantization_config")
-        return isinstance(config, dict) and self.detect(config, ())
-
-    def open(self, path: Path) -> ModelReader:
-        """The tensors behind the graph."""
-        from .reader import OnnxReader  # noqa: PLC0415
-
-        return OnnxReader(path)
-
-    def create(self, out: Path, source: Checkpoint, *, shard_size: int, force: bool) -> ModelWriter:
-        """A folder with graph, external data, configuration and tokenizer."""
-        from .writer import OnnxWriter  # noqa: PLC0415
-
-        return OnnxWriter(self, out, source, shard_size=shard_size, force=force)
 
     def _stored_scales(self, scales: Tensor) -> Tensor:
         stored = scales.to(self.scale_dtype)

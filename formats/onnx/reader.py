@@ -15,8 +15,7 @@ from ..checkpoint_reader import CheckpointReader
 from ..errors import CheckpointError
 from ..safetensors_header import TensorInfo
 from .extra import require_onnx
-from .graph import ONNX_TYPES, OWN_PREFIX
-from .layout import GRAPH_NAME
+from .graph import GRAPH_NAME, ONNX_TYPES, OWN_PREFIX
 
 if TYPE_CHECKING:
     import onnx

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from ..checkpoint_reader import read_json
 from ..checkpoint_writer import CheckpointWriter, writing
-from ..container import ModelWriter
+from ..container import ModelWriter, SourceModel
 from ..errors import CheckpointError
-from ..model import Checkpoint, holds
 from ..model_writer import write_model_config
 from ..safetensors_header import TensorInfo
 from .decoder import read_decoder, rotary_caches
 from .extra import require_onnx
 from .genai import GENAI_NAME, genai_config
-from .graph import ONNX_TYPES, ROTARY_NAMES, NBits, build_graph
-from .layout import GRAPH_NAME, OnnxFormat, block_size
+from .graph import GRAPH_NAME, ONNX_TYPES, ROTARY_NAMES, NBits, build_graph
+from .layout import OnnxLayout, block_size
 
 if TYPE_CHECKING:
     import onnx
@@ -42,12 +41,12 @@ class OnnxWriter(ModelWriter):
         UnsupportedSchemeError: the graph has no place for this model.
     """
 
-    def __init__(self, fmt: OnnxFormat, out: Path, source: Checkpoint, *, shard_size: int, force: bool) -> None:
+    def __init__(self, fmt: OnnxLayout, out: Path, source: SourceModel, *, shard_size: int, force: bool) -> None:
         require_onnx("writing an ONNX model")
         self._format = fmt
         self._source = source
         self._decoder = read_decoder(source.reader.config)
-        self._layers = {name: self._attributes(name) for name in source.layer_names if holds(fmt, name)}
+        self._layers = {name: self._attributes(name) for name in source.layer_names if fmt.holds_module(name)}
         self._stored: dict[str, TensorInfo] = {}
         self._graph(self._expected())
         self._writer = CheckpointWriter(out, shard_size=shard_size, force=force)
@@ -95,7 +94,7 @@ class OnnxWriter(ModelWriter):
                 self._format,
                 source.scheme,
                 source.ignore,
-                overrides=source.overrides,
+                overrides=source.overrides_for(self._format),
             )
         path = folder / "generation_config.json"
         generation = read_json(path) if path.exists() else {}
@@ -124,7 +123,7 @@ class OnnxWriter(ModelWriter):
         names = {name: source.reader.tensors[name] for name in source.passthrough_names}
         expected = {name: _unplaced(info.dtype, info.shape) for name, info in names.items()}
         for layer in source.layer_names:
-            if not holds(self._format, layer):  # a quantized embedding comes as ordinary weights
+            if not self._format.holds_module(layer):  # a quantized embedding comes as ordinary weights
                 expected[f"{layer}.weight"] = _unplaced(torch.float32, source.layer_features(layer))
                 continue
             locals_ = ["B", "scales", "zero_points", *(["bias"] if "bias" in source.layer_shapes(layer) else [])]

@@ -16,7 +16,7 @@ from eqat_export.convert import Conversion, convert
 from eqat_export.runtimes import get_runtime
 from formats import Exactness, QuantizedLinear, available_formats, dequantize, get_format
 from formats.errors import EqatError, MissingExtraError
-from formats.model import Checkpoint, holds, open_checkpoint
+from formats.model import Checkpoint, open_checkpoint
 from tests.other_tools import SOURCES, Source, Workshop
 
 TARGETS = list(available_formats())
@@ -76,7 +76,7 @@ def test_their_own_reader_has_the_weights_that_we_read(source: Source, theirs: P
         session = runtime.load(checkpoint, torch.device("cpu"))
         for name in checkpoint.layer_names:
             forward = session.layer(name)
-            if forward is None or not holds(get_format("dense"), name):  # an embedding is no linear
+            if forward is None or not get_format("dense").holds_module(name):  # an embedding is no linear
                 continue
             _, columns = checkpoint.layer_features(name)
             bias = forward(torch.zeros(1, columns, dtype=session.dtype))
