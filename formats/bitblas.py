@@ -24,7 +24,7 @@ from .errors import CheckpointError, InvalidLayerError, UnsupportedSchemeError
 from .gptqmodel import GptqmodelFormat
 from .packed import PackedLinear
 from .packing import pack_bits, permute_fields, unpack_bits
-from .types import SCALE_DTYPES, QuantizedLinear, QuantScheme
+from .types import SCALE_DTYPES, GroupedLayer, QuantizedLinear, QuantScheme
 
 __all__ = ["BitblasFormat"]
 
@@ -101,14 +101,24 @@ class BitblasFormat(GptqmodelFormat):
                 instead=("gptq",),
             )
 
+    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """Packs the codes into the fields that are stored, however few bits they have; see ``encode_packed``."""
+        self.check(layer.scheme, layer.out_features, layer.in_features)
+        return self._encode(layer, pack_bits(layer.codes, self._stored(layer.scheme).bits, axis=1))
+
     def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
         """qweight, zeros under their chosen name, scales and, if there is one, bias.
 
         Raises:
             UnsupportedSchemeError: a scale is beyond fp16's largest number.
         """
+        if self._stored(layer.scheme).bits != layer.scheme.bits:
+            return self.encode(layer.unpack())
+        return self._encode(layer, layer.words.T)
+
+    def _encode(self, layer: GroupedLayer, words: Tensor) -> dict[str, Tensor]:
+        """``words`` int32 ``[out, words]``: the stream before its interleave."""
         bits = self._stored(layer.scheme).bits
-        words = layer.words.T if bits == layer.scheme.bits else pack_bits(layer.unpack().codes, bits, axis=1)
         if bits in _INTERLEAVE:
             words = permute_fields(words, bits, _INTERLEAVE[bits])
         fields = layer.zeros.T.to(torch.uint8)  # [groups, out]

@@ -27,7 +27,7 @@ from ..packed import PackedLinear
 from ..packing import pack_bits, packed_length, unpack_bits
 from ..qweight import config_integer
 from ..rounding import holds_scales, scale_rounding_bound
-from ..types import SCALE_DTYPES, QuantizedLinear, QuantScheme
+from ..types import SCALE_DTYPES, GroupedLayer, QuantizedLinear, QuantScheme
 
 __all__ = ["DTYPES", "OnnxLayout", "block_size"]
 
@@ -102,15 +102,25 @@ class OnnxLayout(PackedFormat):
                 "leave this layer unquantized or use --to native"
             )
 
+    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """Packs the codes into the fields that are stored, however few bits they have; see ``encode_packed``."""
+        self.check(layer.scheme, layer.out_features, layer.in_features)
+        return self._encode(layer, pack_bits(layer.codes, self.stored_bits(layer.scheme.bits), axis=1))
+
     def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
         """B, scales, zero_points and, if there is one, bias.
 
         Raises:
             UnsupportedSchemeError: a scale is beyond the largest number of ``scale_dtype``.
         """
+        if self.stored_bits(layer.scheme.bits) != layer.scheme.bits:
+            return self.encode(layer.unpack())
+        return self._encode(layer, layer.words.T)
+
+    def _encode(self, layer: GroupedLayer, words: Tensor) -> dict[str, Tensor]:
+        """``words`` int32 ``[out, words]``: the stream of stored fields."""
         bits = self.stored_bits(layer.scheme.bits)
         size = block_size(layer.scheme, layer.in_features)
-        words = layer.words.T if bits == layer.scheme.bits else pack_bits(layer.unpack().codes, bits, axis=1)
         stream = words.contiguous().view(torch.uint8)  # [out, in*bits/8]
         parts = _parts(layer.scheme, layer.in_features, size)
         zeros = layer.zeros.to(torch.uint8)
