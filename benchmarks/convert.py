@@ -3,9 +3,10 @@
     python benchmarks/convert.py [--size 1GB] [--bits 2] [--formats gptq,mlx] [--work FOLDER] [--csv FILE]
 
 A native checkpoint of Llama-2-7B-shaped blocks with random codes is made once, and each conversion runs in a process of
-its own; its time is that of ``convert`` until the output is on disk (it ends with fsync, ``cp`` does not). The ratio is
-the conversion's throughput over that of ``cp -r`` on its own output, both in output bytes a second. The first and last
-layer of every output are read back and compared with the source before a row is printed.
+its own; its time is that of ``convert``, which ends with fsync. The ratio is the conversion's throughput over that of
+``cp -r`` and fsync on its own output, both in output bytes a second; ``cp`` alone, which leaves the bytes in memory,
+has a column of its own. The first and last layer of every output are read back and compared with the source before a
+row is printed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -41,7 +43,10 @@ SHAPES = {
     "mlp.up_proj": (FFN, HIDDEN),
     "mlp.down_proj": (HIDDEN, FFN),
 }
-FIELDS = ("format", "bits", "output_mb", "seconds", "mb_per_s", "cp_mb_per_s", "ratio", "peak_mib", "threads", "torch")
+FIELDS = (
+    "format", "bits", "output_mb", "seconds", "mb_per_s", "cp_fsync_mb_per_s", "cp_mb_per_s", "ratio", "peak_mib",
+    "threads", "torch",
+)  # fmt: skip
 DEMO = Path(__file__).resolve().parent.parent / "eqat_train" / "demo" / "assets"
 CHILD = """
 import json, resource, sys, time
@@ -114,14 +119,18 @@ def size_of(path: Path) -> int:
     return sum(each.stat().st_size for each in files)
 
 
-def copy_seconds(path: Path) -> float:
-    """Seconds that ``cp -r`` takes for it, without waiting for the disk."""
+def copy_seconds(path: Path) -> tuple[float, float]:
+    """Seconds that ``cp -r`` takes for it, and seconds until the copy is on disk as well."""
     copy = path.with_name(f"{path.name}.copy")
     started = time.perf_counter()
     subprocess.run(["cp", "-r", path, copy], check=True)
-    seconds = time.perf_counter() - started
+    copied = time.perf_counter() - started
+    for file in [copy] if copy.is_file() else [each for each in copy.rglob("*") if each.is_file()]:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    durable = time.perf_counter() - started
     shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
-    return seconds
+    return copied, durable
 
 
 def same_weights(source: Path, out: Path) -> bool:
@@ -151,12 +160,13 @@ def run(source: Path, target: str, bits: int, options: dict[str, str]) -> list[o
         sys.exit(f"{target}: {error}; nothing was recorded")
     if not exact:
         sys.exit(f"{target}: weights differ from the source's; nothing was recorded")
-    size, copying = size_of(out) / 1e6, copy_seconds(out)
+    size, (copied, durable) = size_of(out) / 1e6, copy_seconds(out)
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     seconds = answer["seconds"]
     return [
-        target, bits, f"{size:.0f}", f"{seconds:.2f}", f"{size / seconds:.0f}", f"{size / copying:.0f}",
-        f"{copying / seconds:.2f}", f"{answer['peak']:.0f}", 2, f"{torch.__version__} {platform.machine()}",
+        target, bits, f"{size:.0f}", f"{seconds:.2f}", f"{size / seconds:.0f}", f"{size / durable:.0f}",
+        f"{size / copied:.0f}", f"{durable / seconds:.2f}", f"{answer['peak']:.0f}", 2,
+        f"{torch.__version__} {platform.machine()}",
     ]  # fmt: skip
 
 
