@@ -45,10 +45,10 @@ app = typer.Typer(
 app.registered_commands += train_app.registered_commands
 
 OptionalCheckpoint = Annotated[
-    Path | None, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.", show_default=False)
+    Path | None, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or a .gguf file.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only, on stderr.")]
 SourceFormat = Annotated[
     str | None,
     typer.Option("--from", metavar="FORMAT", help="Read CHECKPOINT as this format, whatever its label says."),
@@ -83,7 +83,10 @@ def export(
     checkpoint: OptionalCheckpoint = None,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="What to write; eqat formats lists them.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Output folder; CHECKPOINT-FORMAT without it.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out", help="Output folder, or file for gguf; named after CHECKPOINT without it.", show_default=False
+        ),
     ] = None,
     source_format: SourceFormat = None,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest file, e.g. 500MB or 5GB.")] = "5GB",
@@ -117,7 +120,11 @@ def verify(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option("--runtime", metavar="NAME", help="gptqmodel or transformers: compare logits with it."),
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help="Compare weights and logits with this real reader; eqat formats lists them.",
+        ),
     ] = None,
     engine: Annotated[
         str | None,

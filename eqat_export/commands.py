@@ -51,6 +51,9 @@ def export_command(
             raise InputError("no native checkpoint was made in this directory; name one, or make one with eqat train")
         if not silent:
             remarks().print(f"exporting {checkpoint}, the last native checkpoint made here", soft_wrap=True)
+    suffix = get_format_class(to).suffix
+    if out is not None and suffix and out.suffix != suffix:
+        raise InputError(f"--out is {out}; {to} is one file, named *{suffix}")
     out = out if out is not None else _beside(checkpoint, to)
     with ExitStack() as stack:
 
@@ -159,8 +162,6 @@ def _verify_one(
             findings = verify_checkpoint(checkpoint, step, survey)
         broken = failed(findings)
         verdict = judge(rules, checkpoint, survey, findings) if rules is not None else None
-        if verdict is not None:
-            findings += verdict.findings()
         if other is not None and not broken:
             with _bar("comparing", checkpoint, silent) as step:
                 comparison = compare_checkpoints(checkpoint, other, step)
@@ -171,15 +172,22 @@ def _verify_one(
             if not silent:
                 remarks().print(f"running it in {reader.id}", soft_wrap=True)
             outcome = check_runtime(checkpoint, reader)
-            if not outcome.ok:
+            if outcome.refusal:
+                findings.append(error(reader.id, f"does not load it: {outcome.refusal}"))
+            elif not outcome.ok:
                 findings.append(error(reader.id, "computes something else than the dequantized weights give"))
         layers = len(checkpoint.layer_names)
         scheme = str(checkpoint.scheme) if checkpoint.scheme else "full precision"
         form = checkpoint.format.id if checkpoint.format else "dense"
-    good = not failed(findings) and (comparison is None or all(row.ok for row in comparison.rows))
-    if not silent:
+    sound = not failed(findings) and (comparison is None or all(row.ok for row in comparison.rows))
+    good = sound and (verdict is None or verdict.good)
+    findings += verdict.findings() if verdict is not None else []
+    if not silent or (quiet and not good):
         what = f"{path}: {form}, {layers} layers, {scheme}"
-        _show_verification(what, good, findings, comparison, outcome, verdict)
+        if quiet:
+            _show_failure(what, sound, findings, verdict)
+        else:
+            _show_verification(what, sound, findings, comparison, outcome, verdict)
     return {
         "checkpoint": str(path),
         "ok": good,
@@ -216,6 +224,16 @@ def _show_verification(
         report.show_comparison(comparison, console)
     if outcome is not None:
         report.show_runtime(outcome, console)
+
+
+def _show_failure(what: str, sound: bool, findings: list[Finding], engine: Verdict | None) -> None:
+    """All that ``--quiet`` lets through."""
+    console = remarks()
+    if not sound:
+        console.print(f"{mark(False, console)} {report.escape(what)}: verification FAILED", soft_wrap=True)
+    if engine is not None and not engine.good:
+        console.print(f"{mark(False, console)} {report.escape(engine.text)}", soft_wrap=True)
+    report.show_findings([finding for finding in findings if finding.severity == "error"], console)
 
 
 def _relation(comparison: CheckpointComparison) -> str:

@@ -212,7 +212,9 @@ def check_layers(checkpoint: Checkpoint, form: Format) -> None:
 
 def _with_ways_out(error: UnsupportedSchemeError, checkpoint: Checkpoint, out: Path) -> UnsupportedSchemeError:
     """A refusal that names the formats that hold every layer, and suggests no other."""
-    holding = [form.id for form in map(get_format, available_formats()) if _holds_all(checkpoint, form, out)]
+    source = checkpoint.format.id if checkpoint.format else None
+    others = (get_format(name) for name in available_formats() if name != source)
+    holding = [form.id for form in others if _holds_all(checkpoint, form, out)]
     narrowed = UnsupportedSchemeError(error.reason, instead=[name for name in error.instead if name in holding])
     return UnsupportedSchemeError(f"{narrowed} (formats that hold every layer: {', '.join(holding) or 'none'})")
 

@@ -64,7 +64,7 @@ def read_options(pairs: Sequence[tuple[str, str | None]], format_id: str) -> dic
         if name not in known:
             raise InputError(
                 f"eqat export --to {format_id} has no option {name}; {format_id} takes "
-                f"{', '.join(known) or 'none of its own'} (see eqat export --help)"
+                f"{', '.join(known) or 'none of its own'} (see eqat formats {format_id})"
             )
         choices = known[name].choices
         if value is None:

@@ -12,7 +12,7 @@ from formats import QuantizedLinear, QuantScheme, available_formats, get_format
 from formats.base import Exactness, Format, FormatOption
 from formats.errors import UnsupportedSchemeError
 
-__all__ = ["FormatRow", "format_rows", "markdown_table"]
+__all__ = ["FormatRow", "format_rows", "markdown_table", "ranges"]
 
 # A shape that every divisibility rule and every group size below accepts.
 PROBE = 256
@@ -61,7 +61,7 @@ def markdown_table(rows: list[FormatRow]) -> str:
     for row in rows:
         cells = [
             f"`{row.id}`",
-            " ".join(map(str, row.bits)),
+            ranges(row.bits),
             " ".join(map(str, row.groups)),
             row.exactness,
             ", ".join(row.readers),
@@ -69,6 +69,13 @@ def markdown_table(rows: list[FormatRow]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ranges(values: tuple[int, ...]) -> str:
+    """``1-8`` for consecutive numbers, else ``2 3 4 8``."""
+    if len(values) > 2 and values == tuple(range(values[0], values[-1] + 1)):
+        return f"{values[0]}-{values[-1]}"
+    return " ".join(map(str, values))
 
 
 def _row(form: Format) -> FormatRow:
@@ -98,7 +105,7 @@ def _exactness(form: Format, bits: tuple[int, ...], groups: tuple[int, ...]) -> 
 
 
 def _classes(form: Format, bits: tuple[int, ...], groups: tuple[int, ...], dtype: torch.dtype) -> str:
-    found: dict[Exactness, list[str]] = {}
+    found: dict[Exactness, list[int]] = {}
     for number in bits:
         scheme = QuantScheme(number, next(group for group in groups if _takes(form, number, group)))
         shape = (PROBE, scheme.groups(PROBE))
@@ -107,10 +114,11 @@ def _classes(form: Format, bits: tuple[int, ...], groups: tuple[int, ...], dtype
         zeros = torch.arange(PROBE, dtype=torch.int32)[:, None].expand(shape) % (scheme.maxq + 1)
         scales = (torch.rand(shape, generator=generator) + 0.5).to(dtype)
         kind = form.exactness(QuantizedLinear(codes, scales, zeros, scheme))
-        found.setdefault(kind, []).append(str(number))
+        found.setdefault(kind, []).append(number)
     if len(found) == 1:
         return next(iter(found)).value
-    return ", ".join(f"{kind.value} at {' '.join(numbers)} bits" for kind, numbers in found.items())
+    told = (f"{kind.value} at {ranges(tuple(numbers))} bit{'s'[: numbers != [1]]}" for kind, numbers in found.items())
+    return ", ".join(told)
 
 
 def _takes(form: Format, bits: int, group: int) -> bool:

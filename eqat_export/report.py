@@ -15,7 +15,7 @@ from eqat_export.compare import CheckpointComparison
 from eqat_export.console import bar, mark, size_text
 from eqat_export.convert import Conversion
 from eqat_export.findings import Finding
-from eqat_export.format_table import FormatRow
+from eqat_export.format_table import FormatRow, ranges
 from eqat_export.inspect import Inspection
 from eqat_export.runtime_check import RuntimeResult
 from formats.base import Exactness
@@ -108,10 +108,15 @@ def show_findings(findings: list[Finding], console: Console) -> None:
     """Findings, errors first; no more than a screenful."""
     order = {"error": 0, "warning": 1, "note": 2}
     colours = {"error": "red", "warning": "yellow", "note": "dim"}
-    ranked = sorted(findings, key=lambda finding: order[finding.severity])
+    alike: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        alike.setdefault((finding.severity, finding.text), []).append(finding)
+    ranked = sorted((group[0] for group in alike.values()), key=lambda finding: order[finding.severity])
     for finding in ranked[:MOST_FINDINGS]:
+        others = len(alike[finding.severity, finding.text]) - 1
+        where = finding.where + (f" and {others} more" if others else "")
         console.print(
-            f"  [{colours[finding.severity]}]{finding.severity}[/]: {escape(finding.where)}: {escape(finding.text)}",
+            f"  [{colours[finding.severity]}]{finding.severity}[/]: {escape(where)}: {escape(finding.text)}",
             soft_wrap=True,
         )
     if len(ranked) > MOST_FINDINGS:
@@ -160,7 +165,7 @@ def show_formats(rows: list[FormatRow], console: Console) -> None:
     titles = ("bits", "groups", "direction", "exactness", "proved with", "extra")
     values = {
         row.id: (
-            _ranges(row.bits),
+            ranges(row.bits),
             " ".join(map(str, row.groups)),
             row.direction,
             row.exactness,
@@ -305,13 +310,6 @@ def _tally(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common())
-
-
-def _ranges(values: tuple[int, ...]) -> str:
-    """``1-8`` for consecutive numbers, else ``2 3 4 8``."""
-    if len(values) > 2 and values == tuple(range(values[0], values[-1] + 1)):
-        return f"{values[0]}-{values[-1]}"
-    return " ".join(map(str, values))
 
 
 def next_command(conversion: Conversion, found_again: bool) -> str:

@@ -36,7 +36,7 @@ class CompressedTensorsFormat(PackedFormat):
     """
 
     id: ClassVar[str] = METHOD
-    title: ClassVar[str] = "compressed-tensors (pack-quantized), the way into vLLM at 2, 3 and 4 bits"
+    title: ClassVar[str] = "compressed-tensors (pack-quantized), the way into vLLM at 2 to 8 bits"
     marker: ClassVar[str] = "weight_packed"
     local_names: ClassVar[tuple[str, ...]] = (
         "weight_packed",

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,7 @@ class TransformersRuntime(Runtime):
         """See :class:`Runtime`."""
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
+        _check_types(checkpoint)
         options, dtype = _options(checkpoint)
         path = checkpoint.reader.folder
         with no_compile():
@@ -55,6 +57,21 @@ class TransformersRuntime(Runtime):
         session = ModuleSession(model.eval())
         session.dtype = dtype
         return session
+
+
+def _check_types(checkpoint: Checkpoint) -> None:
+    """Raises NotImplementedError for a GGUF type that the installed gguf package has no name for."""
+    if checkpoint.format is None or checkpoint.format.id != "gguf":
+        return
+    from gguf import GGMLQuantizationType  # noqa: PLC0415
+
+    known = {member.name for member in GGMLQuantizationType}
+    used = {str(name) for name in checkpoint.config["types"].values()}
+    if used - known:
+        raise NotImplementedError(
+            f"transformers reads through the gguf package, and gguf {version('gguf')} does not know "
+            f"{', '.join(sorted(used - known))}; use --runtime llama.cpp, or export with --gguf-type Q4_0"
+        )
 
 
 def _options(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.dtype]:
