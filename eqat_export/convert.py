@@ -12,19 +12,17 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eqat_export.overlap import WriteBehind, read_ahead
 from eqat_export.tensors import dtype_name
 from formats import available_formats, get_format
 from formats.affine import dequantize
 from formats.base import Exactness, Format, PackedFormat
-from formats.container import Choice
+from formats.container import Choice, ModelWriter
 from formats.dense import DenseFormat
 from formats.errors import CheckpointError, EqatError, InputError, UnsupportedSchemeError
 from formats.model import Checkpoint, open_checkpoint
@@ -183,14 +181,13 @@ def convert(
         except UnsupportedSchemeError as error:
             raise _with_ways_out(error, checkpoint, out) from error
         result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
-        with writer, WriteBehind(writer) as behind:
+        with writer:
             step = start(len(checkpoint.layer_names))
-            for name, layer in read_ahead(checkpoint.layer_names, partial(_as_configured, checkpoint)):
-                _write_layer(behind, checkpoint, form, name, layer, result)
+            for name in checkpoint.layer_names:
+                _write_layer(writer, checkpoint, form, name, result)
                 step(name)
             for name in checkpoint.passthrough_names:
-                _write_tensor(behind, checkpoint, name, form.passthrough_dtype(), result)
-            behind.drain()
+                _write_tensor(writer, checkpoint, name, form.passthrough_dtype(), result)
             writer.finish()
         result.choices = writer.choices()
     return result
@@ -235,14 +232,8 @@ def _holds_all(checkpoint: Checkpoint, form: Format, out: Path) -> bool:
     return True
 
 
-def _write_layer(
-    writer: WriteBehind,
-    checkpoint: Checkpoint,
-    form: Format,
-    name: str,
-    layer: QuantizedLinear | PackedLinear,
-    result: Conversion,
-) -> None:
+def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
+    layer = _as_configured(checkpoint, name)
     if checkpoint.format is not None and checkpoint.format.rounds_zeros:
         _measure_reading(checkpoint, checkpoint.format, name, layer, result.read)
     if form.holds_module(name):
@@ -323,7 +314,7 @@ def _measure(
 
 
 def _write_tensor(
-    writer: WriteBehind, checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, result: Conversion
+    writer: ModelWriter, checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, result: Conversion
 ) -> None:
     tensor = checkpoint.get(name)
     if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
