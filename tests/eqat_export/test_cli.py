@@ -67,7 +67,6 @@ def test_exit_codes_of_the_real_process(native: Callable[..., Path], tmp_path: P
     [
         (("export",), "Missing option '--to'"),
         (("export", "--to"), "--to"),
-        (("export", "--to", "gptq", "--colour", "red"), "has no option --colour"),
         (("bake",), "No such command 'bake'"),
         (("inspect",), "CHECKPOINT"),
     ],
@@ -78,6 +77,18 @@ def test_usage_errors_are_one_line_with_exit_code_2(eqat: Callable, arguments: t
     assert outcome.out == ""
     assert message in outcome.err and "--help" in outcome.err
     assert outcome.err.startswith("error: ") and len(outcome.err.splitlines()) == 1
+
+
+def test_an_option_that_the_format_does_not_have_says_which_it_has(eqat: Callable) -> None:
+    outcome = eqat("export", "--to", "gguf", "--colour", "red")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "has no option --colour; gguf takes --gguf-type" in outcome.err and "eqat formats gguf" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_format_of_one_file_wants_its_suffix(eqat: Callable, native: Callable, tmp_path: Path) -> None:
+    outcome = eqat("export", native(), "--to", "gguf", "--out", tmp_path / "out")
+    assert outcome.code == 2 and "gguf is one file, named *.gguf" in outcome.err
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "inspect", "nowhere"), ("inspect", "nowhere", "--debug")])

@@ -20,7 +20,7 @@ from eqat_export.lint.judge import Verdict, judge
 from eqat_export.lint.rules import Multiple, Rule, holds
 from eqat_export.lint.written import WRITTEN, as_written
 from eqat_export.verify import verify_checkpoint
-from formats import QuantScheme, available_formats
+from formats import QuantScheme, available_formats, get_format
 from formats.errors import UnsupportedSchemeError
 from formats.model import open_checkpoint
 from tests.tiny_checkpoints import act_order_layer, quantize_folder
@@ -185,8 +185,9 @@ def test_the_remedy_is_one(eqat: Callable, native: Make, tmp_path: Path, engine:
         return
     assert first.text.endswith(f"; use: {first.remedy}")
     command = shlex.split(first.remedy)
-    assert eqat(*command[1:], "--out", tmp_path / "remedy").code == 0
-    again = verdict(tmp_path / "remedy", engine)
+    out = tmp_path / f"remedy{get_format(command[command.index('--to') + 1]).suffix}"
+    assert eqat(*command[1:], "--out", out).code == 0
+    again = verdict(out, engine)
     assert again.good, again.text
 
 
