@@ -12,6 +12,9 @@ os.environ["EQAT_CACHE"] = tempfile.mkdtemp(prefix="eqat-test-cache-")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run interpreted on a CPU; Triton looks when it is first imported
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -29,3 +32,10 @@ def shared_root() -> Path:
 def golden_root(shared_root: Path) -> Path:
     """Checkpoints written by upstream's own code, with its dequantized weights, token ids and logits."""
     return shared_root / "golden" / "upstream"
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where Triton kernels are tested: the GPU, or the CPU under Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs triton, which has wheels for Linux alone")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

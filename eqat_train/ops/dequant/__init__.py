@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import select
+from ..dispatch import run
 from ..packed import PackedWeight
 
 __all__ = ["dequant"]
@@ -23,4 +23,4 @@ def dequant(packed: PackedWeight, scales: Tensor, dtype: torch.dtype = torch.flo
     Returns:
         ``dtype`` ``[out, in]``, contiguous.
     """
-    return select(impl, scales.device, "dequant")(packed, scales, dtype)
+    return run("dequant", impl, scales.device, packed, scales, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import select
+from ..dispatch import run
 from ..packed import PackedWeight
 
 __all__ = ["dequant_matmul"]
@@ -33,4 +33,4 @@ def dequant_matmul(
     Returns:
         ``[..., out]`` in the dtype of ``x``.
     """
-    return select(impl, x.device, "dequant_matmul")(x, packed, scales, bias)
+    return run("dequant_matmul", impl, x.device, x, packed, scales, bias)

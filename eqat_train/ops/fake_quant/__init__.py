@@ -11,7 +11,7 @@ from torch import Tensor
 
 from formats.errors import InputError
 
-from ..dispatch import select
+from ..dispatch import run
 from .reference import stored_scales, stored_zeros
 
 __all__ = ["fake_quant", "stored_scales", "stored_zeros"]
@@ -58,4 +58,4 @@ def fake_quant(
     ):
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise InputError(f"{name} are {tensor.dtype} {list(tensor.shape)}; expected torch.float32 {list(shape)}")
-    return select(impl, weight.device, "fake_quant")(weight, scales, zeros, bits, width, scale_dtype)
+    return run("fake_quant", impl, weight.device, weight, scales, zeros, bits, width, scale_dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import select
+from ..dispatch import run
 from ..packed import PackedWeight
 
 __all__ = ["scale_grad"]
@@ -23,4 +23,4 @@ def scale_grad(x: Tensor, grad_output: Tensor, packed: PackedWeight, *, impl: st
         ``[groups, out]``, float32, or float64 when ``x`` is. ``dY^T X`` is a matmul in the dtype of ``x``; what follows
         is float32 (float64).
     """
-    return select(impl, x.device, "scale_grad")(x, grad_output, packed)
+    return run("scale_grad", impl, x.device, x, grad_output, packed)
