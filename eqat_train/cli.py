@@ -60,6 +60,8 @@ def _train_parameters() -> list[inspect.Parameter]:
 
 def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
     kind = next(arg for arg in get_args(hint) if arg is not type(None)) if isinstance(hint, types.UnionType) else hint
+    repeated = item.name == "overrides"
+    kind = list[str] if repeated else kind
     rule = item.metadata
     info: Any
     if item.name == "model":
@@ -68,7 +70,7 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
         default = item.default
         shown = "" if default is None or default is False else f" [default: {default}]"
         info = typer.Option(
-            f"--{item.name.replace('_', '-')}",
+            "--override" if repeated else f"--{item.name.replace('_', '-')}",
             help=rule["help"] + shown.replace("[", r"\["),
             metavar=None if kind is bool else rule["metavar"],
             rich_help_panel=rule["panel"],

@@ -20,6 +20,7 @@ from formats.errors import InputError
 from formats.types import QuantScheme
 
 from .options import TrainConfig
+from .overrides import parse_overrides, split_override
 
 __all__ = ["TrainConfig", "build_config", "context_window", "read_config", "resolve_config", "save_config"]
 
@@ -39,14 +40,21 @@ def build_config(given: Mapping[str, Any], file: Path | None = None) -> TrainCon
     """Settings of a run.
 
     Args:
-        given: what the command line says, by field name; None where it says nothing.
+        given: what the command line says, by field name; None where it says nothing. Overrides may be lines
+            ``PATTERN=VALUE``.
         file: YAML file.
 
     Raises:
         InputError: an unknown name, or a value of a wrong type or outside its range.
     """
     chosen = read_config(file) if file is not None else {}
-    chosen |= {name: _checked(name, value, option_name(name)) for name, value in given.items() if value is not None}
+    if isinstance(given.get("overrides"), list):
+        given = {**given, "overrides": _typed(given["overrides"])}
+    typed = {name: _checked(name, value, option_name(name)) for name, value in given.items() if value is not None}
+    if "overrides" in typed:  # adds to the file's, and comes after them
+        before = {name: value for name, value in chosen.get("overrides", {}).items() if name not in typed["overrides"]}
+        typed["overrides"] = before | typed["overrides"]
+    chosen |= typed
     if chosen.get("model") is None:
         chosen = demo_preset() | chosen
     return TrainConfig(**chosen)
@@ -80,6 +88,8 @@ def save_config(config: TrainConfig, file: Path) -> None:
 
 def option_name(name: str) -> str:
     """How a field is written on the command line."""
+    if name == "overrides":
+        return "--override"
     return "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
 
 
@@ -98,7 +108,7 @@ def resolve_config(
         The settings, and notes about choices that are not the paper's.
 
     Raises:
-        InputError: a sequence longer than the context, or bits or group other than the checkpoint's.
+        InputError: a sequence longer than the context, or bits, group or overrides other than the checkpoint's.
     """
     notes: list[str] = []
     base = scheme or PAPER_SCHEME
@@ -108,6 +118,11 @@ def resolve_config(
         raise InputError(
             f"bits {bits} and group {group} were asked for, but the checkpoint is {scheme} and E2E-QP keeps that; "
             "leave --bits and --group out, or start from full precision"
+        )
+    if scheme is not None and config.overrides:
+        raise InputError(
+            f"overrides were asked for, but the checkpoint is {scheme} already and E2E-QP keeps every layer's scheme; "
+            "leave them out, or start from full precision"
         )
     lr = 2e-5 if bits <= 2 else 1e-5
     seq_len_notes = notes if config.stage != "e2e-qp" or config.eval_data is not None else []
@@ -165,6 +180,8 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, label: str) -> Any:
+    if name == "overrides":
+        return parse_overrides(value, label)
     kind = _kind(name)
     rule = _FIELDS[name].metadata
     if kind is float and not isinstance(value, bool):
@@ -189,6 +206,14 @@ def _checked(name: str, value: Any, label: str) -> Any:
     if name == "warmup_ratio" and value > 1:
         raise InputError(f"{label} is {value!r}; allowed are numbers from 0 to 1")
     return value
+
+
+def _typed(lines: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pattern, value in map(split_override, lines):
+        found.pop(pattern, None)  # said again, it comes last
+        found[pattern] = value
+    return found
 
 
 def _check_kind(value: object, kind: type, label: str) -> None:

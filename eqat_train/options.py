@@ -1,6 +1,7 @@
 """Every setting of ``eqat train``: one name for the YAML file, the command line and the code.
 
-The command line is built from the fields of :class:`TrainConfig`; ``seq_len`` is ``--seq-len`` there. None means
+The command line is built from the fields of :class:`TrainConfig`; ``seq_len`` is ``--seq-len`` there, and the lines
+of ``overrides`` are ``--override`` each. None means
 "chosen when the run starts", as the help text says. Defaults are the paper's (arXiv 2407.11062).
 
 This module imports nothing heavy: the root command reads it to print its help.
@@ -8,6 +9,7 @@ This module imports nothing heavy: the root command reads it to print its help.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +63,13 @@ class TrainConfig:
         "What scales are stored in. Default float16; E2E-QP alone keeps the checkpoint's.",
         choices=("float16", "bfloat16", "float32"),
     )
-
+    overrides: Mapping[str, str] | None = _option(
+        None,
+        "Quantization",
+        "Layers of other bits or groups, or left alone: '*.down_proj=w4g128', 'model.layers.0.*=skip'. Repeatable; of "
+        "several that match, the last holds.",
+        metavar="PATTERN=VALUE",
+    )
     zeros_in: str | None = _option(
         None,
         "Quantization",

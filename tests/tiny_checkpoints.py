@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -19,25 +20,36 @@ LayerChange = Callable[[QuantizedLinear], QuantizedLinear]
 
 
 def quantize_folder(
-    model_folder: Path, out: Path, scheme: QuantScheme, *, format_id: str = "native", change: LayerChange | None = None
+    model_folder: Path,
+    out: Path,
+    scheme: QuantScheme,
+    *,
+    format_id: str = "native",
+    change: LayerChange | None = None,
+    schemes: Mapping[str, QuantScheme | None] = MappingProxyType({}),
 ) -> Path:
-    """Round-to-nearest checkpoint of a full-precision folder: every two-axis ``layers.*.weight`` is quantized."""
+    """Round-to-nearest checkpoint of a full-precision folder: every two-axis ``layers.*.weight`` is quantized.
+
+    ``schemes`` has the layers that differ: module path -> scheme, or None to keep one in full precision.
+    """
     fmt = get_format(format_id)
     written = scheme
+    kept = [name for name, own in schemes.items() if own is None]
     with CheckpointReader(model_folder) as reader, CheckpointWriter(out) as writer:
         for name in reader.tensors:
             tensor = reader.get(name)
-            if ".layers." not in name or tensor.dim() != 2:
+            if ".layers." not in name or tensor.dim() != 2 or name.removesuffix(".weight") in kept:
                 if not _is_quantized_bias(name, reader):
                     writer.add(name, tensor)
                 continue
             path = name.removesuffix(".weight")
             bias = reader.get(f"{path}.bias") if f"{path}.bias" in reader.tensors else None
-            layer = round_to_nearest(tensor.float(), scheme, bias=bias)
+            layer = round_to_nearest(tensor.float(), schemes.get(path) or scheme, bias=bias)
             layer = layer if change is None else change(layer)
-            written = layer.scheme
+            written = layer.scheme if path not in schemes else written
             write_layer(writer, fmt, path, layer)
-        write_model_config(writer, reader.config, fmt, written, ("lm_head",))
+        overrides = {name: own for name, own in schemes.items() if own is not None}
+        write_model_config(writer, reader.config, fmt, written, ("lm_head", *kept), overrides=overrides)
         writer.copy_companions(model_folder)
     return out
 

@@ -30,6 +30,7 @@ from formats.model_writer import write_model_config
 from ..hardware import peak_memory
 from ..models.decoder import find_decoder_layers, is_quantizable
 from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
+from ..overrides import choose_schemes, describe_overrides
 from ..reporting.progress import Reporter
 from .activations import ActivationStore, Place, choose_place
 from .block_files import BlockFiles
@@ -37,6 +38,7 @@ from .capture import BlockCall, Capture
 from .settings import BlockApReport, BlockApSettings, BlockReport
 from .trainable_block import TrainableBlock
 from .trainer import Streams, advance_, forward_spans, train_block, validate
+from .untouched import untouched_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +104,8 @@ def run_block_ap(
         run.check()
         if settings.epochs:
             _check_tokens(train, val, run.model.config.get_text_config().vocab_size)
+        if told := describe_overrides(run.schemes, settings.scheme):
+            reporter.message(told)
         with CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
             work_dir.mkdir(parents=True, exist_ok=True)
             files = BlockFiles(work_dir / "blocks")
@@ -122,19 +126,27 @@ class _Run:
         self.format: Format = get_format("native")
         self.device, self.dtype = settings.resolved_device(), settings.resolved_compute_dtype()
         self.path, self.layers = find_decoder_layers(model)
+        inside = {module: f"{self.path}.{name}" for name, module in self.layers.named_modules()}
+        outside = [name for name, module in model.named_modules() if is_quantizable(module) and module not in inside]
+        linears = [name for module, name in inside.items() if is_quantizable(module)]
+        self.schemes = choose_schemes(linears, settings.scheme, settings.overrides, outside=outside)
+        self.ignore = [*outside, *(name for name, scheme in self.schemes.items() if scheme is None)]
         self.parameters = {
-            f"{self.path}.{i}.{name}" for i, layer in enumerate(self.layers) for name, _ in layer.named_parameters()
+            f"{self.path}.{i}.{name}"
+            for i, layer in enumerate(self.layers)
+            for name in {name for name, _ in layer.named_parameters()}.difference(
+                untouched_parameters(layer, self._block_schemes(i))
+            )
         }
-        inside = set(self.layers.modules())
-        self.ignore = [name for name, m in model.named_modules() if is_quantizable(m) and m not in inside]
 
     def check(self) -> None:
         """Refuses what would fail later: a scheme that does not fit, or a file whose tensors are not the model's."""
         check_names(self.model, self.reader.tensors, self.reader.folder)
         for index, layer in enumerate(self.layers):
             for name, module in layer.named_modules():
-                if is_quantizable(module):
-                    _check_linear(f"{self.path}.{index}.{name}", module, self.settings.scheme, self.format)
+                scheme = self.schemes.get(f"{self.path}.{index}.{name}")
+                if scheme is not None and isinstance(module, nn.Linear):
+                    _check_linear(f"{self.path}.{index}.{name}", module, scheme, self.format)
             for _, _, name in persistent_tensors(layer):
                 full = f"{self.path}.{index}.{name}"
                 if full not in self.reader.tensors:
@@ -158,7 +170,9 @@ class _Run:
         """Puts the checkpoint together."""
         owner = {name: index for name in self.reader.tensors if (index := self._block_of(name)) is not None}
         files.assemble(writer, self.reader, owner, self.parameters)
-        write_model_config(writer, self.reader.config, self.format, self.settings.scheme, self.ignore)
+        usual = self.settings.scheme
+        overrides = {name: scheme for name, scheme in self.schemes.items() if scheme not in (None, usual)}
+        write_model_config(writer, self.reader.config, self.format, usual, self.ignore, overrides=overrides)
         writer.copy_companions(self.reader.folder)
 
     def _block_of(self, name: str) -> int | None:
@@ -232,8 +246,14 @@ class _Run:
         stored = {
             name: self.reader.tensors[f"{prefix}.{name}"].dtype for name, _ in self.layers[index].named_parameters()
         }
-        settings = self.settings
-        return TrainableBlock(self.layers[index], settings.scheme, settings.scale_dtype, stored, settings.zero_range)
+        settings, schemes = self.settings, self._block_schemes(index)
+        return TrainableBlock(self.layers[index], schemes, settings.scale_dtype, stored, settings.zero_range)
+
+    def _block_schemes(self, index: int) -> dict[str, QuantScheme]:
+        """Local path of each linear of a block that is quantized -> its scheme."""
+        prefix = f"{self.path}.{index}."
+        found = {name.removeprefix(prefix): scheme for name, scheme in self.schemes.items() if name.startswith(prefix)}
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     def _finish(self, files: BlockFiles, index: int, block: TrainableBlock) -> None:
         layers, tensors = block.finish_()
@@ -258,6 +278,8 @@ class _Run:
         layer = self._load(index)
         for split in (train, val):  # the full-precision stream becomes the target
             advance_(split.full, layer, call, self.dtype)
+        if not self._block_schemes(index):
+            return self._pass_block(files, index, call, train, val, started)
         block = self._trainable(index)
         start_val_loss = validate(block, call, val, self.dtype)
         if start_val_loss is not None and not math.isfinite(start_val_loss):
@@ -281,6 +303,16 @@ class _Run:
                 advance_(split.quantized, layer, call, self.dtype)
         unload_(layer)
         return self._report(index, start_val_loss, train_losses, val_losses, started)
+
+    def _pass_block(
+        self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams, started: float
+    ) -> BlockReport:
+        """A block that stays as it is; the full-precision stream has gone through it already."""
+        for split in (train, val):
+            advance_(split.quantized, self.layers[index], call, self.dtype)
+        files.save(index, {})
+        unload_(self.layers[index])
+        return self._report(index, None, [], [], started)
 
     def _report(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from formats import QuantScheme
 from formats.errors import InputError, UnsupportedSchemeError
 
+from ..overrides import override_scheme
 from .activations import Place
 
 __all__ = ["BlockApReport", "BlockApSettings", "BlockReport"]
@@ -24,6 +26,7 @@ class BlockApSettings:
 
     Attributes:
         scheme: bits and group_size; sym and desc_act must be off.
+        overrides: pattern over module paths -> what differs there, see :mod:`eqat_train.overrides`.
         epochs: passes over the samples for each block; 0 is round-to-nearest, without any data.
         batch_size: samples a step.
         lr_weight: learning rate of weights, norms and biases; 0 freezes them.
@@ -41,6 +44,7 @@ class BlockApSettings:
     """
 
     scheme: QuantScheme
+    overrides: Mapping[str, str] = field(default_factory=dict)
     epochs: int = 2
     batch_size: int = 2
     lr_weight: float = 2e-5
@@ -73,10 +77,11 @@ class BlockApSettings:
             raise InputError(f"compute_dtype is {self.compute_dtype}; allowed are float32, bfloat16 and float16")
         if self.zero_range is not None:
             low, high = self.zero_range
-            if not 0 <= low <= high <= self.scheme.maxq:
+            found = (override_scheme(value, self.scheme) for value in self.overrides.values())
+            scheme = min((self.scheme, *filter(None, found)), key=lambda scheme: scheme.bits)
+            if not 0 <= low <= high <= scheme.maxq:
                 raise InputError(
-                    f"zeros-in is {low},{high}; at {self.scheme.bits} bits both lie in 0..{self.scheme.maxq}, "
-                    "the lower one first"
+                    f"zeros-in is {low},{high}; at {scheme.bits} bits both lie in 0..{scheme.maxq}, the lower one first"
                 )
         if self.scheme.sym or self.scheme.desc_act:
             raise UnsupportedSchemeError(

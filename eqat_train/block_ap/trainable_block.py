@@ -1,8 +1,8 @@
 """A decoder block in training, and what becomes of it: "what you trained is what you ship".
 
-Linears are replaced by fake-quant linears, chosen by type. Every other parameter (norms, biases) is trained too and is
-rounded straight-through, in every forward, to the dtype in which it will be stored. ``finish_`` turns the block into
-the shipped one: the same numbers in plain linears, and the tensors to store.
+Linears are replaced by fake-quant linears, chosen by type. Norms and biases are trained too and are rounded
+straight-through, in every forward, to the dtype in which they will be stored; other matrices stay as they are.
+``finish_`` turns the block into the shipped one: the same numbers in plain linears, and the tensors to store.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.func import functional_call
 
 from formats import QuantizedLinear, QuantScheme, dequantize
 
-from ..models.decoder import is_quantizable
 from ..ops.straight_through import round_to_dtype
 from .capture import BlockCall
 from .fake_quant_linear import FakeQuantLinear
+from .untouched import untouched_parameters
 
 __all__ = ["TrainableBlock"]
 
@@ -28,7 +28,7 @@ class TrainableBlock:
 
     Args:
         block: full-precision block, fp32; its linears are replaced in place and their weights are reused.
-        scheme: bits and group_size of every linear.
+        schemes: local path of each linear to quantize -> its bits and group_size.
         scale_dtype: dtype in which scales are stored.
         stored_dtypes: local parameter name -> dtype in which it is stored if it is not quantized.
         zero_range: lowest and highest zero-point of every linear; None for all of them.
@@ -37,7 +37,7 @@ class TrainableBlock:
     def __init__(
         self,
         block: nn.Module,
-        scheme: QuantScheme,
+        schemes: Mapping[str, QuantScheme],
         scale_dtype: torch.dtype,
         stored_dtypes: Mapping[str, torch.dtype],
         zero_range: tuple[int, int] | None = None,
@@ -45,11 +45,14 @@ class TrainableBlock:
         self.block, self._stored_dtypes = block, stored_dtypes
         self.linears: dict[str, FakeQuantLinear] = {}
         for name, module in list(block.named_modules()):
-            if is_quantizable(module):
-                self.linears[name] = FakeQuantLinear(module, scheme, scale_dtype, zero_range)
+            if name in schemes and isinstance(module, nn.Linear):
+                self.linears[name] = FakeQuantLinear(module, schemes[name], scale_dtype, zero_range)
                 block.set_submodule(name, self.linears[name])
         quantized = {id(p) for linear in self.linears.values() for p in (linear.weight, linear.scales, linear.zeros)}
-        self.others = {name: p for name, p in block.named_parameters() if id(p) not in quantized}
+        untouched = set(untouched_parameters(block, self.linears))
+        self.others = {
+            name: p for name, p in block.named_parameters() if id(p) not in quantized and name not in untouched
+        }
         block.eval()  # dropout stays off, as in the full-precision block that is the target
 
     def scales(self) -> list[nn.Parameter]:
@@ -61,7 +64,7 @@ class TrainableBlock:
         return [linear.zeros for linear in self.linears.values()]
 
     def weights(self) -> list[nn.Parameter]:
-        """Weights of every linear, and every other parameter of the block."""
+        """Weights of every linear, and every other parameter that is trained."""
         return [*(linear.weight for linear in self.linears.values()), *self.others.values()]
 
     def __call__(self, call: BlockCall, hidden_states: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ class TrainableBlock:
         """Puts plain fp32 linears with the stored numbers back into the block and gives what is to be stored.
 
         Returns:
-            Quantized layers by local name (bias inside), and every other parameter in its stored dtype.
+            Quantized layers by local name (bias inside), and every other trained parameter in its stored dtype.
         """
         layers = {}
         biases = set()

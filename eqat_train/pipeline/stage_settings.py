@@ -36,6 +36,7 @@ def block_ap_settings(config: TrainConfig) -> BlockApSettings:
     device, dtype = compute_target(config)
     return BlockApSettings(
         scheme=QuantScheme(config.bits, config.group),
+        overrides=config.overrides or {},
         epochs=config.epochs,
         batch_size=config.batch,
         lr_weight=config.lr_weight,

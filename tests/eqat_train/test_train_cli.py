@@ -33,6 +33,8 @@ FIELDS = [item.name for item in fields(TrainConfig)]
 
 
 def option(name: str) -> str:
+    if name == "overrides":
+        return "--override"
     return f"--{name.replace('_', '-')}"
 
 
@@ -40,7 +42,9 @@ def arguments(settings: dict[str, Any]) -> list[str]:
     """Settings as a command line."""
     words = [str(settings["model"])]
     for name, value in settings.items():
-        if name != "model":
+        if name == "overrides":
+            words += [word for pair in (value or {}).items() for word in ("--override", "=".join(pair))]
+        elif name != "model":
             words += [option(name)] if value is True else [option(name), str(value)]
     return words
 
@@ -143,6 +147,7 @@ CHANGES: dict[str, Any] = {
     "stage": "block-ap",
     "scale_dtype": "bfloat16",
     "data": "other.txt",
+    "overrides": {"*.down_proj": "w4", "*.q_proj": "skip"},
     "zeros_in": "2,2",
     "e2e_data": "other.txt",
     "eval_data": "other.txt",
