@@ -28,8 +28,8 @@ PAPER_SEQ_LEN = {"seq_len": 2048, "e2e_seq_len": 4096}
 PAPER_SCHEME = QuantScheme(2, 64)
 
 _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(TrainConfig)}
-# A permission for one run, not a property of what was trained.
-_NOT_SAVED = ("force",)
+# Permissions for one run, not properties of what was trained.
+_NOT_SAVED = ("force", "restart")
 _MAY_BE_EMPTY = ("prompt",)
 _MAY_BE_INFINITE = ("max_grad_norm", "min_lr_factor")
 # What torch's and numpy's generators both take, with room for the stages' offsets.

@@ -157,6 +157,7 @@ class TrainConfig:
     )
     sample_tokens: int = _option(60, "Output", "Length of the sample texts; 0 for none.", least=0)
     force: bool = _option(False, "Output", "Replace an existing checkpoint.")
+    restart: bool = _option(False, "Output", "Discard what an unfinished run left, instead of going on with it.")
 
     device: str = _option("auto", "Hardware", "auto, cpu, cuda or cuda:N.", metavar="DEVICE")
     dtype: str = _option(

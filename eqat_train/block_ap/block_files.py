@@ -1,52 +1,71 @@
 """Finished blocks on disk while training goes on, and the checkpoint that is put together from them.
 
-Each finished block is one file, ``NNN.safetensors``, with its encoded tensors under their full names. The files
-outlive a run that stops, and are removed once the checkpoint is complete.
+Each finished block is one file, ``NNN.safetensors``, with its encoded tensors under their full names, and a record,
+``NNN.json``, with the file's checksum and the block's report. The record is written last: without it a block is not
+finished. The files outlive a run that stops, and are removed once the checkpoint is complete.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from formats.checkpoint import CheckpointReader, CheckpointWriter
-from formats.errors import CheckpointError
+
+from ..resume.durable import checksum, read_json, write_json, write_tensors
+from ..resume.stage import StageFolder
 
 __all__ = ["BlockFiles"]
 
 
 class BlockFiles:
-    """The folder of finished blocks; files of an earlier run in it are removed.
+    """The folder of finished blocks.
 
     Attributes:
         folder: where the files are.
+        damaged: index of the first finished block whose file is not what was written; None if all are.
+        reports: of the finished blocks, from the first on.
+
+    Args:
+        folder: made with the first block.
+        identity: what the blocks are trained from and with.
+
+    Raises:
+        InputError: the folder holds blocks of something else.
+        CheckpointError: the folder is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.remove()
-        folder.mkdir(parents=True)
+        self.damaged: int | None = None
+        self._stage = StageFolder(folder, identity, finished="[0-9]*.json")
+        self.reports: list[dict[str, Any]] = []
+        while (record := read_json(self._record(len(self.reports)))) is not None:
+            file = self._file(len(self.reports))
+            if not file.is_file() or checksum(file) != record["checksum"]:
+                self.damaged = len(self.reports)
+                break
+            self.reports.append(record["report"])
 
-    def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Writes one finished block.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            CheckpointError: a file cannot be written.
         """
-        file = self._file(index)
-        partial = file.with_suffix(".partial")
-        try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-            os.replace(partial, file)
-        except (OSError, SafetensorError) as exc:  # safetensors has an error of its own for a full disk
-            partial.unlink(missing_ok=True)
-            raise CheckpointError(f"cannot write {file}: {exc}; free space there or choose another folder") from exc
+        self._stage.prepare()
+        self._record(index).unlink(missing_ok=True)  # of a damaged file
+        found = write_tensors(self._file(index), tensors)
+        write_json(self._record(index), {"checksum": found, "report": dict(report)})
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished block by full name."""
+        with safe_open(self._file(index), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
 
     def assemble(
         self, writer: CheckpointWriter, source: CheckpointReader, owner: Mapping[str, int], replaced: Collection[str]
@@ -72,8 +91,10 @@ class BlockFiles:
 
     def remove(self) -> None:
         """Deletes the folder and what is in it."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        self._stage.remove()
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:03d}.safetensors"
+
+    def _record(self, index: int) -> Path:
+        return self.folder / f"{index:03d}.json"

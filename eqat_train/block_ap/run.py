@@ -9,6 +9,9 @@ written, the quantized stream advances through the block as written, and the blo
 Weights are fp32 and computed with under autocast to ``compute_dtype``. Hidden states enter every block as fp32, so the
 residual stream keeps its digits; they are kept between blocks in ``activation_dtype``, fp32 unless memory or disk asks
 for half of it.
+
+A run that stopped goes on from its finished blocks: the streams are taken through them again, by the same computations
+as the first time, so the next block starts from the same numbers.
 """
 
 from __future__ import annotations
@@ -16,15 +19,16 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from formats import Format, QuantScheme, get_format
+from formats import Format, QuantizedLinear, get_format
 from formats.checkpoint import CheckpointReader, CheckpointWriter
-from formats.errors import CheckpointError, InputError, TrainingDivergedError, UnsupportedSchemeError
+from formats.errors import CheckpointError, InputError, TrainingDivergedError
 from formats.model_writer import write_model_config
 
 from ..hardware import peak_memory
@@ -32,11 +36,14 @@ from ..models.decoder import find_decoder_layers, is_quantizable
 from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
 from ..overrides import choose_schemes, describe_overrides
 from ..reporting.progress import Reporter
+from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
+from ..resume.stage import StageRecord
 from .activations import ActivationStore, Place, choose_place
 from .block_files import BlockFiles
 from .capture import BlockCall, Capture
+from .checks import check_linear, check_tokens
 from .settings import BlockApReport, BlockApSettings, BlockReport
-from .trainable_block import TrainableBlock
+from .trainable_block import TrainableBlock, put_numbers_
 from .trainer import Streams, advance_, forward_spans, train_block, validate
 from .untouched import untouched_parameters
 
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["BlockApReport", "BlockApSettings", "BlockReport", "check_block_ap", "run_block_ap"]
+
+Finished = tuple[dict[str, QuantizedLinear], dict[str, Tensor]]  # quantized layers and other tensors by local name
 
 
 def check_block_ap(model_folder: Path, settings: BlockApSettings, *, trust_remote_code: bool = False) -> None:
@@ -80,14 +89,15 @@ def run_block_ap(
         val: validation token ids, int64 ``[samples, seq]`` with the same ``seq``; may have no samples.
         settings: see :class:`BlockApSettings`.
         out: the checkpoint; nothing is there until it is complete.
-        work_dir: folder for finished blocks, kept there when a run stops, and for activations on disk.
+        work_dir: folder for finished blocks and for activations on disk. Finished blocks of a run that stopped are
+            taken from it when everything that they depend on is as it was.
         reporter: is told of progress.
         shard_size: bytes of a shard of the checkpoint.
         force: replace an existing checkpoint.
         trust_remote_code: allow Python files of the model folder to run.
 
     Raises:
-        InputError: settings, tokens or a model that cannot be trained.
+        InputError: settings, tokens or a model that cannot be trained, or not those of the run in ``work_dir``.
         UnsupportedSchemeError: the scheme does not fit a layer; the text names it and what works.
         CheckpointError: the model folder is damaged or the output cannot be written.
         OutputExistsError: ``out`` exists and ``force`` is not given.
@@ -103,17 +113,45 @@ def run_block_ap(
         run = _Run(reader, model, settings, reporter)
         run.check()
         if settings.epochs:
-            _check_tokens(train, val, run.model.config.get_text_config().vocab_size)
+            check_tokens(train, val, run.model.config.get_text_config().vocab_size)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        identity = _identity(model_folder, train, val, settings)
+        record = StageRecord(work_dir / "block-ap.written.json", identity)
+        if (written := record.written(out)) is not None:
+            reporter.message(f"Block-AP's checkpoint is finished: {out}")
+            return _report_from(written)
         if told := describe_overrides(run.schemes, settings.scheme):
             reporter.message(told)
         with CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
-            work_dir.mkdir(parents=True, exist_ok=True)
-            files = BlockFiles(work_dir / "blocks")
+            files = BlockFiles(work_dir / ("blocks" if settings.epochs else "rounding"), identity)
             blocks, place = run.train(train, val, files, work_dir)
+            seconds = time.perf_counter() - started
+            report = BlockApReport(blocks, seconds, max(block.peak_memory for block in blocks), place)
+            record.begin(out, asdict(report))
             run.write(writer, files)
+        record.done(out, asdict(report))
         files.remove()
-    seconds = time.perf_counter() - started
-    return BlockApReport(blocks, seconds, max(block.peak_memory for block in blocks), place)
+    return report
+
+
+def _identity(model_folder: Path, train: Tensor, val: Tensor, settings: BlockApSettings) -> dict[str, Any]:
+    """What the blocks depend on. Where hidden states are kept changes nothing."""
+    return {
+        "settings": settings_identity(settings, without=("activations", "device", "compute_dtype"))
+        | {"device": settings.resolved_device().type, "dtype": str(settings.resolved_compute_dtype())},
+        "the model's weights": folder_fingerprint(model_folder),
+        "the training windows": tensor_fingerprint(train),
+        "the validation windows": tensor_fingerprint(val),
+    }
+
+
+def _report_from(values: dict[str, Any]) -> BlockApReport:
+    return BlockApReport(**{**values, "blocks": tuple(_block_report(block) for block in values["blocks"])})
+
+
+def _block_report(values: dict[str, Any]) -> BlockReport:
+    losses = {name: tuple(values[name]) for name in ("train_losses", "val_losses")}
+    return BlockReport(**{**values, **losses})
 
 
 class _Run:
@@ -146,7 +184,7 @@ class _Run:
             for name, module in layer.named_modules():
                 scheme = self.schemes.get(f"{self.path}.{index}.{name}")
                 if scheme is not None and isinstance(module, nn.Linear):
-                    _check_linear(f"{self.path}.{index}.{name}", module, scheme, self.format)
+                    check_linear(f"{self.path}.{index}.{name}", module, scheme, self.format)
             for _, _, name in persistent_tensors(layer):
                 full = f"{self.path}.{index}.{name}"
                 if full not in self.reader.tensors:
@@ -158,13 +196,20 @@ class _Run:
     def train(
         self, train: Tensor, val: Tensor, files: BlockFiles, work_dir: Path
     ) -> tuple[tuple[BlockReport, ...], Place | None]:
-        """Trains and saves every block, or rounds it to the nearest when there are no epochs."""
-        if not self.settings.epochs:
-            return tuple(self._round_block(files, index) for index in range(len(self.layers))), None
+        """Trains and saves every block that is not finished, or rounds it to the nearest when there are no epochs."""
+        count = len(self.layers)
+        blocks = [_block_report(values) for values in files.reports]
+        if blocks or files.damaged is not None:
+            self.reporter.message(_going_on(len(blocks), count, files))
+        if not self.settings.epochs or len(blocks) == count:
+            blocks += [self._round_block(files, index) for index in range(len(blocks), count)]
+            return tuple(blocks), None
         with ExitStack() as stack:
             calls, splits, place = self._capture(stack, train, val, work_dir)
-            blocks = tuple(self._train_block(files, index, call, *splits) for index, call in enumerate(calls))
-        return blocks, place
+            for index in range(len(blocks)):
+                self._replay_block(files, index, calls[index], *splits)
+            blocks += [self._train_block(files, index, calls[index], *splits) for index in range(len(blocks), count)]
+        return tuple(blocks), place
 
     def write(self, writer: CheckpointWriter, files: BlockFiles) -> None:
         """Puts the checkpoint together."""
@@ -255,24 +300,48 @@ class _Run:
         found = {name.removeprefix(prefix): scheme for name, scheme in self.schemes.items() if name.startswith(prefix)}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
-    def _finish(self, files: BlockFiles, index: int, block: TrainableBlock) -> None:
-        layers, tensors = block.finish_()
-        prefix = f"{self.path}.{index}"
+    def _save(self, files: BlockFiles, report: BlockReport, finished: Finished) -> BlockReport:
+        layers, tensors = finished
+        prefix = f"{self.path}.{report.index}"
         encoded = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
         for name, layer in layers.items():
             encoded |= {f"{prefix}.{name}.{local}": tensor for local, tensor in self.format.encode(layer).items()}
-        files.save(index, encoded)
+        files.save(report.index, encoded, asdict(report))
+        self._tell(report)
+        return report
+
+    def _read(self, files: BlockFiles, index: int) -> Finished:
+        """A finished block's quantized layers and other tensors, by local name, as ``finish_`` gave them."""
+        prefix = f"{self.path}.{index}."
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in files.read(index).items()}
+        layers: dict[str, QuantizedLinear] = {}
+        for name, scheme in self._block_schemes(index).items():
+            own = [full for full in tensors if full.startswith(f"{name}.")]
+            encoded = {full.removeprefix(f"{name}."): tensors.pop(full).to(self.device) for full in own}
+            layers[name] = self.format.decode(encoded, scheme)
+        return layers, tensors
+
+    def _replay_block(self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams) -> None:
+        """Takes the streams through a finished block."""
+        layer = self._load(index)
+        for split in (train, val):
+            advance_(split.full, layer, call, self.dtype)
+        put_numbers_(layer, *self._read(files, index))
+        for split in (train, val):
+            advance_(split.quantized, layer, call, self.dtype)
+        unload_(layer)
 
     def _round_block(self, files: BlockFiles, index: int) -> BlockReport:
         started = time.perf_counter()
         self._load(index)
-        self._finish(files, index, self._trainable(index))
+        finished = self._trainable(index).finish_()
         unload_(self.layers[index])
-        return self._report(index, None, [], [], started)
+        return self._save(files, self._report(index, None, [], [], started), finished)
 
     def _train_block(self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams) -> BlockReport:
         started = time.perf_counter()
         settings = self.settings
+        torch.manual_seed(settings.seed + index)  # the same numbers whether earlier blocks were trained or replayed
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         layer = self._load(index)
@@ -297,12 +366,13 @@ class _Run:
                 raise TrainingDivergedError(
                     f"block {index} ({self.path}.{index}): {exc}; {kept}; lower the learning rates"
                 ) from exc
-        self._finish(files, index, block)
+        finished = block.finish_()
         if index + 1 < len(self.layers):
             for split in (train, val):
                 advance_(split.quantized, layer, call, self.dtype)
         unload_(layer)
-        return self._report(index, start_val_loss, train_losses, val_losses, started)
+        report = self._report(index, start_val_loss, train_losses, val_losses, started)
+        return self._save(files, report, finished)
 
     def _pass_block(
         self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams, started: float
@@ -310,9 +380,8 @@ class _Run:
         """A block that stays as it is; the full-precision stream has gone through it already."""
         for split in (train, val):
             advance_(split.quantized, self.layers[index], call, self.dtype)
-        files.save(index, {})
         unload_(self.layers[index])
-        return self._report(index, None, [], [], started)
+        return self._save(files, self._report(index, None, [], [], started), ({}, {}))
 
     def _report(
         self,
@@ -322,7 +391,7 @@ class _Run:
         val_losses: list[float | None],
         started: float,
     ) -> BlockReport:
-        report = BlockReport(
+        return BlockReport(
             index,
             start_val_loss,
             tuple(train_losses),
@@ -330,42 +399,21 @@ class _Run:
             time.perf_counter() - started,
             peak_memory(self.device),
         )
+
+    def _tell(self, report: BlockReport) -> None:
         self.reporter.event(
             "block",
-            index=index,
-            start_val_loss=start_val_loss,
-            train_loss=train_losses[-1] if train_losses else None,
-            val_loss=val_losses[-1] if val_losses else None,
+            index=report.index,
+            start_val_loss=report.start_val_loss,
+            train_loss=report.train_losses[-1] if report.train_losses else None,
+            val_loss=report.val_losses[-1] if report.val_losses else None,
             seconds=report.seconds,
             peak_memory=report.peak_memory,
         )
-        return report
 
 
-def _check_linear(name: str, linear: nn.Linear, scheme: QuantScheme, fmt: Format) -> None:
-    width = scheme.width(linear.in_features)
-    if linear.in_features % width:
-        works = [size for size in (16, 32, 64, 128, 256) if linear.in_features % size == 0]
-        raise UnsupportedSchemeError(
-            f"group_size {scheme.group_size} does not divide in_features {linear.in_features} of {name}; "
-            f"use {', '.join(map(str, works))}{' or ' if works else ''}-1 (one group a row)"
-        )
-    try:
-        fmt.check(scheme, linear.out_features, linear.in_features)
-    except UnsupportedSchemeError as exc:
-        raise UnsupportedSchemeError(f"{name}: {exc}") from exc
-
-
-def _check_tokens(train: Tensor, val: Tensor, vocabulary: int) -> None:
-    for name, tokens in (("train", train), ("val", val)):
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise InputError(f"{name} tokens are {tokens.dtype} {list(tokens.shape)}; expected int64 [samples, seq]")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-            raise InputError(
-                f"{name} tokens span {int(tokens.min())}..{int(tokens.max())} but the model's vocabulary is "
-                f"0..{vocabulary - 1}; tokenize with the model's own tokenizer"
-            )
-    if not train.numel():
-        raise InputError("there are no training samples; give at least one, or use epochs 0 for round-to-nearest")
-    if len(val) and val.shape[1] != train.shape[1]:
-        raise InputError(f"val samples have {val.shape[1]} tokens and train samples {train.shape[1]}; use one length")
+def _going_on(done: int, count: int, files: BlockFiles) -> str:
+    text = f"going on with an unfinished run: {done} of {count} blocks are finished in {files.folder}"
+    if files.damaged is None:
+        return text
+    return f"{text}; block {files.damaged} is damaged there (checksum), training goes on from it"

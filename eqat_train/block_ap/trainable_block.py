@@ -20,7 +20,7 @@ from .capture import BlockCall
 from .fake_quant_linear import FakeQuantLinear
 from .untouched import untouched_parameters
 
-__all__ = ["TrainableBlock"]
+__all__ = ["TrainableBlock", "put_numbers_"]
 
 
 class TrainableBlock:
@@ -85,20 +85,35 @@ class TrainableBlock:
         Returns:
             Quantized layers by local name (bias inside), and every other trained parameter in its stored dtype.
         """
-        layers = {}
-        biases = set()
-        for name, linear in self.linears.items():
-            bias_name = f"{name}.bias"
-            biases.add(bias_name)
-            layers[name] = linear.quantized(self._stored_dtypes.get(bias_name, torch.float16))
-            self.block.set_submodule(name, _plain_linear(layers[name]))
-        tensors = {}
-        for name, parameter in self.others.items():
-            if name not in biases:
-                tensors[name] = parameter.detach().to(self._stored_dtypes[name], copy=True)
-                parameter.copy_(tensors[name])
-        self.block.requires_grad_(False)
+        biases = {f"{name}.bias" for name in self.linears}
+        layers = {
+            name: linear.quantized(self._stored_dtypes.get(f"{name}.bias", torch.float16))
+            for name, linear in self.linears.items()
+        }
+        tensors = {
+            name: parameter.detach().to(self._stored_dtypes[name], copy=True)
+            for name, parameter in self.others.items()
+            if name not in biases
+        }
+        put_numbers_(self.block, layers, tensors)
         return layers, tensors
+
+
+@torch.no_grad()
+def put_numbers_(block: nn.Module, layers: Mapping[str, QuantizedLinear], tensors: Mapping[str, Tensor]) -> None:
+    """Makes a block compute with what is stored of it.
+
+    Args:
+        block: fp32, trainable or as loaded.
+        layers: quantized layers by local name; plain fp32 linears take their places.
+        tensors: every other stored parameter by local name.
+    """
+    for name, layer in layers.items():
+        block.set_submodule(name, _plain_linear(layer))
+    parameters = dict(block.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+    block.requires_grad_(False)
 
 
 def _plain_linear(layer: QuantizedLinear) -> nn.Linear:

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from formats.checkpoint import CheckpointWriter
 from formats.errors import InputError, TrainingDivergedError
@@ -25,12 +29,18 @@ from formats.model import open_checkpoint
 from ..data import NO_LOSS, TokenWindows
 from ..hardware import peak_memory
 from ..reporting.progress import Reporter
+from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
+from ..resume.stage import StageRecord
+from ..resume.stopping import StopAfterStep
 from .next_token import accumulate_gradients, mean_loss, recomputed_in_backward
 from .packed_model import PackedModel, load_packed_model, write_trained
 from .settings import E2eReport, E2eSettings
+from .state import DamagedStateError, E2eProgress, E2eState
 
 __all__ = ["E2eReport", "E2eSettings", "learning_rate_factor", "run_e2e_qp"]
 
+# Seconds between two savings of the state.
+SAVE_SECONDS = 300
 # Bytes that one micro-batch may take before it is cut smaller (logits) or recomputed (activations).
 LOGITS_BUDGET = {"cpu": 2**28, "cuda": 2**32}
 ACTIVATION_BUDGET = 2**30
@@ -45,6 +55,7 @@ def run_e2e_qp(
     out: Path,
     *,
     val: TokenWindows | None = None,
+    work_dir: Path,
     reporter: Reporter,
     shard_size: int = 5 * 2**30,
     force: bool = False,
@@ -58,13 +69,15 @@ def run_e2e_qp(
         settings: see :class:`E2eSettings`.
         out: folder to write; it appears when training has finished, and not at all if it fails.
         val: windows whose loss is measured before and after.
+        work_dir: folder for the state of the training, saved every few minutes and when it is interrupted. A run that
+            stopped goes on from it when everything that it depends on is as it was.
         reporter: told of progress.
         shard_size: bytes a weight file.
         force: replace an existing ``out``.
         trust_remote_code: allow Python files of the folder to run.
 
     Raises:
-        InputError: data or a checkpoint that cannot be trained on.
+        InputError: data or a checkpoint that cannot be trained on, or not those of the run in ``work_dir``.
         OutputExistsError: ``out`` exists and ``force`` is off.
         TrainingDivergedError: a loss, gradient or scale became NaN or infinite.
     """
@@ -73,6 +86,12 @@ def run_e2e_qp(
     device = settings.resolved_device()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    identity = _identity(checkpoint, data, val, settings)
+    record = StageRecord(work_dir / "e2e-qp.written.json", identity)
+    if (written := record.written(out)) is not None:
+        reporter.message(f"E2E-QP's checkpoint is finished: {out}")
+        return E2eReport(**{**written, "losses": tuple(written["losses"]), "grad_norms": tuple(written["grad_norms"])})
     with open_checkpoint(checkpoint) as source, CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
         packed = load_packed_model(
             source,
@@ -82,22 +101,37 @@ def run_e2e_qp(
             trust_remote_code=trust_remote_code,
         )
         _check_token_ids(packed.vocabulary, data, val)
-        trainer = _Trainer(packed, settings, data.seq_len, reporter)
-        before = None if val is None else trainer.validate(val, "before")
-        trainer.train(data)
+        state = E2eState(work_dir / "e2e-qp", identity)
+        trainer = _Trainer(packed, settings, data.seq_len, reporter, state)
+        trainer.train(data, val)
         after = None if val is None else trainer.validate(val, "after")
+        report = E2eReport(
+            losses=tuple(trainer.losses),
+            grad_norms=tuple(trainer.grad_norms),
+            val_loss_before=trainer.val_loss_before,
+            val_loss_after=after,
+            lr=trainer.lr,
+            scales=sum(scale.numel() for scale in packed.scales),
+            tokens=data.input_ids.numel() * settings.epochs,
+            seconds=time.perf_counter() - start,
+            peak_memory=peak_memory(device),
+        )
+        record.begin(out, asdict(report))
         write_trained(writer, source, packed.linears)
-    return E2eReport(
-        losses=tuple(trainer.losses),
-        grad_norms=tuple(trainer.grad_norms),
-        val_loss_before=before,
-        val_loss_after=after,
-        lr=trainer.lr,
-        scales=sum(scale.numel() for scale in packed.scales),
-        tokens=data.input_ids.numel() * settings.epochs,
-        seconds=time.perf_counter() - start,
-        peak_memory=peak_memory(device),
-    )
+    record.done(out, asdict(report))
+    state.remove()
+    return report
+
+
+def _identity(checkpoint: Path, data: TokenWindows, val: TokenWindows | None, settings: E2eSettings) -> dict[str, Any]:
+    """What the trained scales depend on."""
+    return {
+        "settings": settings_identity(settings, without=("device", "compute_dtype"))
+        | {"device": settings.resolved_device().type, "dtype": str(settings.resolved_compute_dtype())},
+        "the checkpoint's weights": folder_fingerprint(checkpoint),
+        "the training windows": tensor_fingerprint(data.input_ids, data.labels),
+        "the validation windows": None if val is None else tensor_fingerprint(val.input_ids, val.labels),
+    }
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
@@ -114,8 +148,10 @@ def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
 class _Trainer:
     """Trains the scales of a model in memory and keeps what was measured."""
 
-    def __init__(self, packed: PackedModel, settings: E2eSettings, seq_len: int, reporter: Reporter) -> None:
-        self.packed, self.settings, self.reporter = packed, settings, reporter
+    def __init__(
+        self, packed: PackedModel, settings: E2eSettings, seq_len: int, reporter: Reporter, state: E2eState
+    ) -> None:
+        self.packed, self.settings, self.reporter, self.state = packed, settings, reporter, state
         self.device = settings.resolved_device()
         self.lr = settings.resolved_lr(max(linear.bits for linear in packed.linears.values()))
         itemsize = settings.resolved_compute_dtype().itemsize
@@ -128,28 +164,59 @@ class _Trainer:
             self.recompute = self.micro_batch_size * seq_len * features * itemsize > ACTIVATION_BUDGET
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
+        self.val_loss_before: float | None = None
+        self._saved = time.monotonic()
 
-    def train(self, data: TokenWindows) -> None:
-        """All epochs, each in an order of its own."""
+    def train(self, data: TokenWindows, val: TokenWindows | None) -> None:
+        """All epochs, each in an order of its own, from where an earlier run stopped."""
         settings = self.settings
         optimizer = torch.optim.AdamW(
             self.packed.scales, lr=self.lr, weight_decay=settings.weight_decay, fused=self.device.type == "cuda"
         )
         steps = settings.epochs * math.ceil(len(data) / settings.batch_size)
-        generator = torch.Generator().manual_seed(settings.seed)
+        if not self._resume(optimizer, steps) and val is not None:
+            self.val_loss_before = self.validate(val, "before")
         with (
             recomputed_in_backward(self.packed.layers) if self.recompute else nullcontext(),
             self.reporter.task("E2E-QP", steps) as task,
+            StopAfterStep() as stop,
         ):
-            for _ in range(settings.epochs):
-                for rows in torch.randperm(len(data), generator=generator).split(settings.batch_size):
-                    done = len(self.losses)
-                    lr = self.lr * learning_rate_factor(done, steps, settings.warmup_ratio)
-                    loss, norm = self._step(optimizer, data.take(rows), lr, f"step {done + 1} of {steps}, lr {lr:g}")
-                    task.update(1, loss=loss, lr=lr)
-                    self.reporter.event("e2e_step", step=done + 1, loss=loss, lr=lr, grad_norm=norm)
+            task.update(len(self.losses))
+            for rows in islice(self._batches(len(data)), len(self.losses), None):
+                done = len(self.losses)
+                lr = self.lr * learning_rate_factor(done, steps, settings.warmup_ratio)
+                loss, norm = self._step(optimizer, data.take(rows), lr, f"step {done + 1} of {steps}, lr {lr:g}")
+                task.update(1, loss=loss, lr=lr)
+                self.reporter.event("e2e_step", step=done + 1, loss=loss, lr=lr, grad_norm=norm)
+                if stop.requested or time.monotonic() - self._saved >= SAVE_SECONDS:
+                    self._save(optimizer)
+                stop.check()
         if not all(bool(linear.stored_scales().isfinite().all()) for linear in self.packed.linears.values()):
             _diverged("a scale is not finite", f"step {steps}, peak lr {self.lr:g}")
+
+    def _batches(self, windows: int) -> Iterator[Tensor]:
+        """Rows of every step of the run."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        for _ in range(self.settings.epochs):
+            yield from torch.randperm(windows, generator=generator).split(self.settings.batch_size)
+
+    def _resume(self, optimizer: torch.optim.AdamW, steps: int) -> bool:
+        try:
+            progress = self.state.load(self.packed.scales, optimizer)
+        except DamagedStateError as damage:
+            self.reporter.message(f"{damage}; E2E-QP starts again from its checkpoint")
+            return False
+        if progress is None:
+            return False
+        self.losses, self.grad_norms = list(progress.losses), list(progress.grad_norms)
+        self.val_loss_before = progress.val_loss_before
+        self.reporter.message(f"going on with an unfinished E2E-QP: {len(self.losses)} of {steps} steps are done")
+        return True
+
+    def _save(self, optimizer: torch.optim.AdamW) -> None:
+        progress = E2eProgress(tuple(self.losses), tuple(self.grad_norms), self.val_loss_before)
+        self.state.save(self.packed.scales, optimizer, progress)
+        self._saved = time.monotonic()
 
     def validate(self, windows: TokenWindows, when: str) -> float:
         """Mean loss over the windows' target tokens."""

@@ -20,6 +20,7 @@ from ..config import resolve_config
 from ..demo import DEMO_PROMPT, demo_folder, demo_text
 from ..models.loading import build_skeleton, load_config, resolve_model
 from ..options import TrainConfig
+from ..resume.stage import recorded_output
 from .run_files import is_demo_output
 from .stage_settings import block_ap_settings, e2e_settings
 
@@ -91,7 +92,7 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     work = Path(saved.work) if saved.work is not None else out.with_name(f"{out.name}.work")
     _check_places({"MODEL": model, "--out": out, "--keep-block-ap": keep, "--work": work})
     for place in (out, keep):
-        if place is not None:
+        if place is not None and not (recorded_output(work, place) and not saved.restart):
             CheckpointWriter(place, shard_size=shard_size, force=force)  # refuses what it may not replace
     running = saved
     if demo:

@@ -3,7 +3,8 @@
 Everything that can be refused is refused first: model, settings, outputs, data. Then the full-precision model and
 round-to-nearest are measured (where there is evaluation data), Block-AP runs, and E2E-QP on its result. The output
 appears when its last stage is complete; settings, log and report are added to it then. Whatever else a run writes is
-in the work folder, which goes away with it.
+in the work folder, which goes away with it. A run that stops, for whatever reason, leaves there what it has finished,
+and the same command goes on from that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from ..models.loading import load_tokenizer
 from ..options import TrainConfig
 from ..reporting.progress import Reporter
 from ..reporting.reporters import CompositeReporter, EventRecorder, LogFileReporter, StageReporter
+from ..resume.identity import tensor_fingerprint
+from .measured import MeasuredRows
 from .plan import TrainPlan, make_plan
 from .results import Measurement, ModelResult
 from .run_files import CONFIG_FILE, LOG_FILE, REPORT_FILE, publish, write_report
@@ -55,15 +58,19 @@ def train(config: TrainConfig, reporter: Reporter) -> TrainResult:
     """Trains a model as ``config`` says and records the checkpoint in the history.
 
     Raises:
-        EqatError: what was asked for cannot be done; nothing is left behind.
-        TrainingDivergedError: a loss became NaN or infinite; the work folder is kept.
+        EqatError: what was asked for cannot be done.
+        TrainingDivergedError: a loss became NaN or infinite.
     """
     plan = make_plan(config)
-    with WorkFolder(plan.work) as work:
+    with WorkFolder(plan.work, restart=plan.config.restart) as work:
         try:
             return _Run(plan, work, reporter).run()
         except torch.OutOfMemoryError as error:
             raise _explain(error) from error
+        except (KeyboardInterrupt, SystemExit):
+            if work.worth_keeping:
+                reporter.message(f"stopped; what is finished is kept in {work.path}: the same command goes on from it")
+            raise
 
 
 def _explain(error: EqatError | torch.OutOfMemoryError) -> EqatError:
@@ -80,7 +87,7 @@ class _Run:
     def __init__(self, plan: TrainPlan, work: WorkFolder, shown: Reporter) -> None:
         self.started = time.perf_counter()
         self.plan, self.config, self.work = plan, plan.config, work
-        self.shown, self.recorder = shown, EventRecorder()
+        self.shown, self.recorder = shown, EventRecorder(work.path / "events.jsonl")
         self.files = CompositeReporter(LogFileReporter(work.path / LOG_FILE), self.recorder)
         self.reporter = reporter = CompositeReporter(shown, self.files)
         self.device, dtype = compute_target(self.config)
@@ -99,6 +106,7 @@ class _Run:
             dtype=dtype,
             trust_remote_code=self.config.trust_remote_code,
         )
+        self.rows = MeasuredRows(work.path / "measured.json", self._measured_with(dtype))
         self.results: list[ModelResult] = []
 
     def run(self) -> TrainResult:
@@ -113,18 +121,38 @@ class _Run:
         return self.finish()
 
     def measure(self, title: str, folder: Path) -> None:
-        if self.measurement.wanted:
-            self.results.append(self.measurement.measure(title, folder, self.reporter))
+        if not self.measurement.wanted:
+            return
+        row = self.rows.get(title)
+        if row is None:
+            row = self.measurement.measure(title, folder, self.reporter)
+            self.rows.add(row)
+        self.results.append(row)
+
+    def _measured_with(self, dtype: torch.dtype) -> dict[str, Any]:
+        windows = self.data.evaluation
+        return {
+            "text": None if windows is None else tensor_fingerprint(windows.input_ids, windows.labels),
+            "prompt": self.data.prompt,
+            "sample_tokens": self.config.sample_tokens,
+            "seed": self.config.seed,
+            "computed": f"{self.device.type} {dtype}",
+            "model": str(self.plan.model.absolute()),
+        }
 
     def baselines(self) -> None:
         """Measures the full-precision model and, unless that is the run's own result, round-to-nearest."""
         rounded = self.work.path / "round-to-nearest"
         wanted = self.config.epochs > 0 and self.measurement.wanted
         self.measure("full precision", self.plan.model)
-        if wanted:
-            self._run_block_ap(replace(block_ap_settings(self.config), epochs=0), rounded, Reporter())
+        if wanted and self.rows.get("round-to-nearest") is None:
+            scratch = self.work.path / "rounding"
+            self._run_block_ap(replace(block_ap_settings(self.config), epochs=0), rounded, Reporter(), scratch)
             self.measure("round-to-nearest", rounded)
             shutil.rmtree(rounded)
+            shutil.rmtree(scratch)
+        elif wanted:
+            self.measure("round-to-nearest", rounded)
 
     def block_ap(self) -> Path:
         """Trains block by block; returns the checkpoint, which is the output when no other stage follows."""
@@ -132,15 +160,13 @@ class _Run:
         settings = block_ap_settings(self.config)
         out = self.plan.out if last else self.plan.keep_block_ap or self.work.path / "block-ap"
         with self.reporter.task("Block-AP", self.plan.blocks) as overall:
-            self._run_block_ap(settings, out, StageReporter(self.reporter, overall, "block"))
+            self._run_block_ap(settings, out, StageReporter(self.reporter, overall, "block"), self.work.path)
         if last:
             self.record()
-        else:
-            self.work.keep(out)  # hours of training that E2E-QP's failure must not take away
         self.measure("Block-AP" if settings.epochs else "round-to-nearest", out)
         return out
 
-    def _run_block_ap(self, settings: BlockApSettings, out: Path, reporter: Reporter) -> None:
+    def _run_block_ap(self, settings: BlockApSettings, out: Path, reporter: Reporter, work: Path) -> None:
         nothing = torch.empty(0, 2, dtype=torch.int64)
         train, validation = nothing, nothing
         if self.data.block_ap is not None:
@@ -151,7 +177,7 @@ class _Run:
             validation,
             settings,
             out,
-            work_dir=self.work.path,
+            work_dir=work,
             reporter=reporter,
             shard_size=self.plan.shard_size,
             force=self.plan.force,
@@ -169,6 +195,7 @@ class _Run:
                 e2e_settings(self.config),
                 self.plan.out,
                 val=self.data.e2e_validation,
+                work_dir=self.work.path,
                 reporter=self.reporter,
                 shard_size=self.plan.shard_size,
                 force=self.plan.force,

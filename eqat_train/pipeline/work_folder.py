@@ -1,4 +1,4 @@
-"""The folder beside an output that holds what a run needs only while it runs."""
+"""The folder beside an output that holds what a run needs while it runs, and what the next goes on from."""
 
 from __future__ import annotations
 
@@ -9,36 +9,53 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from formats.errors import InputError, TrainingDivergedError
+from formats.errors import InputError
 
 __all__ = ["WorkFolder"]
 
 MARKER = ".eqat-work"
+# What a stage leaves when part of it is finished, and everything that the next run can use.
+FINISHED = ("blocks/[0-9]*.json", "e2e-qp/state.json", "*.written.json")
+RESUMABLE = (
+    "blocks",
+    "block-ap",
+    "block-ap.written.json",
+    "e2e-qp",
+    "e2e-qp.written.json",
+    "measured.json",
+    "events.jsonl",
+    "train.log",
+)
 
 
 class WorkFolder:
-    """A temporary folder; a context manager.
+    """The folder; a context manager.
 
-    It is removed when the run succeeds, fails or is interrupted. It is kept when training diverged, with the finished
-    blocks in it, and when the run failed after ``keep`` was called; the next run in the same place removes it.
+    It is removed when the run succeeds, and when it stops before it has finished anything. Otherwise it is kept, and
+    the next run in the same place goes on from it. Of an earlier run only what can be gone on from is kept.
 
     Args:
         path: the folder; made with its parents.
+        restart: discard what an earlier run left.
+
+    Attributes:
+        resumed: an earlier run has left something to go on from.
 
     Raises:
         InputError: the folder exists and is not eqat's, or another run is using it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, restart: bool = False) -> None:
         self.path = path.absolute()
-        self.kept = False
-        self._precious: Path | None = None
+        self.resumed = False
+        self._restart = restart
         self._lock: IO[str] | None = None
         self._new_parents: list[Path] = []
 
-    def keep(self, precious: Path) -> None:
-        """Names something in the folder that a failure, other than an interruption, must not take away."""
-        self._precious = precious
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether something in it is finished."""
+        return any(any(self.path.glob(pattern)) for pattern in FINISHED)
 
     def __enter__(self) -> WorkFolder:
         marker = self.path / MARKER
@@ -53,19 +70,16 @@ class WorkFolder:
             raise InputError(f"another eqat train is using {self.path}; wait for it or choose another --out") from error
         except OSError as error:
             raise InputError(f"cannot make the work folder {self.path}: {error.strerror or error}") from error
+        self.resumed = self.worth_keeping and not self._restart
         for entry in self.path.iterdir():
-            if entry != marker:
+            if entry != marker and not (self.resumed and entry.name in RESUMABLE):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        interrupted = kind is not None and not issubclass(kind, Exception)
-        diverged = kind is not None and issubclass(kind, TrainingDivergedError)
-        failed = kind is not None and not interrupted
-        self.kept = diverged or (failed and self._precious is not None and self._precious.exists())
-        if not self.kept:
+        if kind is None or not self.worth_keeping:
             shutil.rmtree(self.path, ignore_errors=True)
             for parent in self._new_parents:
                 if parent.is_dir() and not any(parent.iterdir()):

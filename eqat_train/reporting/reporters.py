@@ -158,19 +158,36 @@ class LogFileReporter(Reporter):
 
 
 class EventRecorder(Reporter):
-    """Keeps every event in memory, for the machine-readable report.
+    """Keeps every event, for the machine-readable report.
 
     Attributes:
-        events: ``{"event": kind, "seconds": since the start, ...}`` each.
+        events: ``{"event": kind, "at_seconds": since the start, ...}`` each, those of earlier parts of the run first.
+
+    Args:
+        file: keeps them on disk too, one JSON object a line, so that a resumed run has all of them.
     """
 
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+    def __init__(self, file: Path) -> None:
+        self._file = file
         self._start = time.perf_counter()
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.events: list[dict[str, Any]] = [event for event in map(_parsed, lines) if event is not None]
+        if lines:  # again, without the line that was being written when the run was killed
+            file.write_text("".join(json.dumps(event) + "\n" for event in self.events), encoding="utf-8")
 
     def event(self, kind: str, **fields: Any) -> None:
         seconds = round(time.perf_counter() - self._start, 3)
         self.events.append({"event": kind, "at_seconds": seconds, **json_values(fields)})
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(self.events[-1]) + "\n")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class CompositeReporter(Reporter):

@@ -22,7 +22,8 @@ def no_file_over_a_megabyte() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_file_over_a_megabyte")
 def test_a_block_that_does_not_fit_on_the_disk_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
-    files = BlockFiles(tmp_path / "blocks")
+    files = BlockFiles(tmp_path / "blocks", {})
     with pytest.raises(CheckpointError, match=r"cannot write .*000\.safetensors: .*; free space there"):
-        files.save(0, {"weight": torch.zeros(10**6)})
-    assert list((tmp_path / "blocks").iterdir()) == []
+        files.save(0, {"weight": torch.zeros(10**6)}, {})
+    assert [file.name for file in (tmp_path / "blocks").iterdir()] == ["started_with.json"]
+    assert BlockFiles(tmp_path / "blocks", {}).reports == []

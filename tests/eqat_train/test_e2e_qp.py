@@ -33,7 +33,8 @@ def text_windows(count: int, first: int = 0, seq_len: int = 24) -> TokenWindows:
 
 
 def run(start: Path, out: Path, data: TokenWindows, settings: E2eSettings = FAST, **more: Any) -> E2eReport:
-    return run_e2e_qp(start, data, settings, out, reporter=more.pop("reporter", Reporter()), **more)
+    work = more.pop("work_dir", out.with_name(f"{out.name}.work"))
+    return run_e2e_qp(start, data, settings, out, work_dir=work, reporter=more.pop("reporter", Reporter()), **more)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_an_interrupted_run_leaves_the_old_output(start: Path, tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(start, tmp_path / "out", text_windows(8), force=True, reporter=Interrupt())
+        run(start, tmp_path / "out", text_windows(8), force=True, reporter=Interrupt(), work_dir=tmp_path / "work")
     assert raw_tensors(tmp_path / "out") == before
 
 

@@ -126,15 +126,23 @@ def test_the_log_file_keeps_messages_events_and_the_table_with_times(tmp_path: P
     assert "index=2" in block and "val_loss=0.3" in block and block[:4].isdigit()
 
 
-def test_the_recorder_keeps_events_as_json_values() -> None:
-    recorder = EventRecorder()
+def test_the_recorder_keeps_events_as_json_values(tmp_path: Path) -> None:
+    recorder = EventRecorder(tmp_path / "events.jsonl")
     recorder.event("block", **BLOCK, extra=float("nan"))
     (event,) = recorder.events
     assert event["event"] == "block" and event["extra"] == "nan" and event["at_seconds"] >= 0
 
 
-def test_a_composite_tells_everyone() -> None:
-    recorders = [EventRecorder(), EventRecorder()]
+def test_the_recorder_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    EventRecorder(file).event("block", **BLOCK)
+    file.write_text(file.read_text(encoding="utf-8") + '{"event": "blo', encoding="utf-8")
+    EventRecorder(file).event("done")
+    assert [event["event"] for event in EventRecorder(file).events] == ["block", "done"]
+
+
+def test_a_composite_tells_everyone(tmp_path: Path) -> None:
+    recorders = [EventRecorder(tmp_path / "a.jsonl"), EventRecorder(tmp_path / "b.jsonl")]
     stream = io.StringIO()
     drive(CompositeReporter(*recorders, JsonReporter(stream)))
     assert [len(recorder.events) for recorder in recorders] == [2, 2]

@@ -1,0 +1,42 @@
+"""What Block-AP refuses before it begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from formats import Format, QuantScheme
+from formats.errors import InputError, UnsupportedSchemeError
+
+__all__ = ["check_linear", "check_tokens"]
+
+
+def check_linear(name: str, linear: nn.Linear, scheme: QuantScheme, fmt: Format) -> None:
+    """Refuses a layer that the scheme or the native format does not fit; the text names what does."""
+    width = scheme.width(linear.in_features)
+    if linear.in_features % width:
+        works = [size for size in (16, 32, 64, 128, 256) if linear.in_features % size == 0]
+        raise UnsupportedSchemeError(
+            f"group_size {scheme.group_size} does not divide in_features {linear.in_features} of {name}; "
+            f"use {', '.join(map(str, works))}{' or ' if works else ''}-1 (one group a row)"
+        )
+    try:
+        fmt.check(scheme, linear.out_features, linear.in_features)
+    except UnsupportedSchemeError as exc:
+        raise UnsupportedSchemeError(f"{name}: {exc}") from exc
+
+
+def check_tokens(train: Tensor, val: Tensor, vocabulary: int) -> None:
+    """Refuses token windows of a wrong dtype, shape or vocabulary, and none at all."""
+    for name, tokens in (("train", train), ("val", val)):
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise InputError(f"{name} tokens are {tokens.dtype} {list(tokens.shape)}; expected int64 [samples, seq]")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise InputError(
+                f"{name} tokens span {int(tokens.min())}..{int(tokens.max())} but the model's vocabulary is "
+                f"0..{vocabulary - 1}; tokenize with the model's own tokenizer"
+            )
+    if not train.numel():
+        raise InputError("there are no training samples; give at least one, or use epochs 0 for round-to-nearest")
+    if len(val) and val.shape[1] != train.shape[1]:
+        raise InputError(f"val samples have {val.shape[1]} tokens and train samples {train.shape[1]}; use one length")
