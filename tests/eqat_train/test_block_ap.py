@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,7 +345,7 @@ def test_an_interrupted_run_leaves_no_output_and_no_activations(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         _train(source, tmp_path, activations="disk", reporter=_Watcher(interrupt))
     assert {path.name for path in tmp_path.iterdir()} == {"model", "work"}
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["blocks"]
+    assert not list((tmp_path / "work").iterdir())
     _train(source, tmp_path)  # what an earlier run left there is no obstacle
 
 
