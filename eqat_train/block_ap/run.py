@@ -21,12 +21,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from formats import Format, QuantizedLinear, get_format
+from formats import Format, QuantizedLinear, QuantScheme, get_format
 from formats.checkpoint import CheckpointReader, CheckpointWriter
 from formats.errors import CheckpointError, InputError, TrainingDivergedError
 from formats.model_writer import write_model_config
@@ -36,7 +36,6 @@ from ..models.decoder import find_decoder_layers, is_quantizable
 from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
 from ..overrides import choose_schemes, describe_overrides
 from ..reporting.progress import Reporter
-from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
 from ..resume.stage import StageRecord
 from .activations import ActivationStore, Place, choose_place
 from .block_files import BlockFiles
@@ -45,6 +44,7 @@ from .checks import check_linear, check_tokens
 from .settings import BlockApReport, BlockApSettings, BlockReport
 from .trainable_block import TrainableBlock, put_numbers_
 from .trainer import Streams, advance_, forward_spans, train_block, validate
+from .unfinished import block_ap_identity, block_report, going_on, report_from
 from .untouched import untouched_parameters
 
 if TYPE_CHECKING:
@@ -115,11 +115,11 @@ def run_block_ap(
         if settings.epochs:
             check_tokens(train, val, run.model.config.get_text_config().vocab_size)
         work_dir.mkdir(parents=True, exist_ok=True)
-        identity = _identity(model_folder, train, val, settings)
+        identity = block_ap_identity(model_folder, train, val, settings)
         record = StageRecord(work_dir / "block-ap.written.json", identity)
         if (written := record.written(out)) is not None:
             reporter.message(f"Block-AP's checkpoint is finished: {out}")
-            return _report_from(written)
+            return report_from(written)
         if told := describe_overrides(run.schemes, settings.scheme):
             reporter.message(told)
         with CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
@@ -132,26 +132,6 @@ def run_block_ap(
         record.done(out, asdict(report))
         files.remove()
     return report
-
-
-def _identity(model_folder: Path, train: Tensor, val: Tensor, settings: BlockApSettings) -> dict[str, Any]:
-    """What the blocks depend on. Where hidden states are kept changes nothing."""
-    return {
-        "settings": settings_identity(settings, without=("activations", "device", "compute_dtype"))
-        | {"device": settings.resolved_device().type, "dtype": str(settings.resolved_compute_dtype())},
-        "the model's weights": folder_fingerprint(model_folder),
-        "the training windows": tensor_fingerprint(train),
-        "the validation windows": tensor_fingerprint(val),
-    }
-
-
-def _report_from(values: dict[str, Any]) -> BlockApReport:
-    return BlockApReport(**{**values, "blocks": tuple(_block_report(block) for block in values["blocks"])})
-
-
-def _block_report(values: dict[str, Any]) -> BlockReport:
-    losses = {name: tuple(values[name]) for name in ("train_losses", "val_losses")}
-    return BlockReport(**{**values, **losses})
 
 
 class _Run:
@@ -198,9 +178,9 @@ class _Run:
     ) -> tuple[tuple[BlockReport, ...], Place | None]:
         """Trains and saves every block that is not finished, or rounds it to the nearest when there are no epochs."""
         count = len(self.layers)
-        blocks = [_block_report(values) for values in files.reports]
+        blocks = [block_report(values) for values in files.reports]
         if blocks or files.damaged is not None:
-            self.reporter.message(_going_on(len(blocks), count, files))
+            self.reporter.message(going_on(len(blocks), count, files))
         if not self.settings.epochs or len(blocks) == count:
             blocks += [self._round_block(files, index) for index in range(len(blocks), count)]
             return tuple(blocks), None
@@ -410,10 +390,3 @@ class _Run:
             seconds=report.seconds,
             peak_memory=report.peak_memory,
         )
-
-
-def _going_on(done: int, count: int, files: BlockFiles) -> str:
-    text = f"going on with an unfinished run: {done} of {count} blocks are finished in {files.folder}"
-    if files.damaged is None:
-        return text
-    return f"{text}; block {files.damaged} is damaged there (checksum), training goes on from it"
