@@ -119,7 +119,7 @@ def main(folder: Path, settings: dict[str, Any], stride: int) -> int:
             sys.exit(f"kill {number}: the same command ended with {status}")
         if (here / OUT / "model.safetensors").read_bytes() != expected:
             sys.exit(f"kill {number}: other weights than without it")
-        if not complete and (left := sorted(file.name for file in here.glob(f"*{OUT}.*"))):
+        if not complete and (left := sorted(file.name for file in here.glob(f"{OUT}.*"))):
             sys.exit(f"kill {number}: left {left}")
         shutil.rmtree(here)
     return len(kills)
