@@ -59,7 +59,7 @@ class WorkFolder:
 
     def __enter__(self) -> WorkFolder:
         marker = self.path / MARKER
-        if os.path.lexists(self.path) and not marker.is_file():
+        if os.path.lexists(self.path) and not marker.is_file() and not self._empty():
             raise InputError(f"work folder {self.path} exists and is not eqat's; remove it or choose another --work")
         self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
         try:
@@ -73,16 +73,33 @@ class WorkFolder:
         self.resumed = self.worth_keeping and not self._restart
         for entry in self.path.iterdir():
             if entry != marker and not (self.resumed and entry.name in RESUMABLE):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                _remove(entry)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None or not self.worth_keeping:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove_all()
             for parent in self._new_parents:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
         if self._lock is not None:
             self._lock.close()
+
+    def _empty(self) -> bool:
+        """What is left when a run is killed while it removes the folder."""
+        return self.path.is_dir() and not any(self.path.iterdir())
+
+    def _remove_all(self) -> None:
+        # the mark last: until then the next run knows the folder for eqat's
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MARKER):
+            _remove(entry)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
