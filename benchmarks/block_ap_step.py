@@ -47,7 +47,9 @@ def main() -> None:
         losses[name] = torch.stack([step().clone() for _ in range(CHECKED_STEPS)])
         if name != "floor" and "plain" in losses:
             difference = float(((losses[name] - losses["plain"]) / losses["plain"]).abs().max())
-            print(f"{name}: losses {losses[name][0]:.6g} .. {losses[name][-1]:.6g}, relative difference {difference:.2e}")
+            print(
+                f"{name}: losses {losses[name][0]:.6g} .. {losses[name][-1]:.6g}, relative difference {difference:.2e}"
+            )
             if not difference <= LOSS_TOLERANCE:
                 sys.exit(f"wrong, so not timed: more than {LOSS_TOLERANCE:g}")
         time = event_times(step, repeats=options.repeats)

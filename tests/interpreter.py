@@ -1,4 +1,4 @@
-"""Triton's interpreter with the GPU's rounding: by itself it cuts fp32 off to bfloat16 where every GPU rounds to even."""
+"""Triton's interpreter with the GPU's rounding: by itself it cuts fp32 off to bfloat16, where GPUs round to even."""
 
 from __future__ import annotations
 

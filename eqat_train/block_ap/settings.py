@@ -40,7 +40,7 @@ class BlockApSettings:
         zero_range: lowest and highest zero-point to use; None for 0 to maxq.
         activations: where hidden states are kept; "auto" is the fastest place with room.
         activation_dtype: what hidden states are kept in; None is float32.
-        cuda_graph: replay a step as one CUDA graph where the device and the block can; off to run its operations singly.
+        cuda_graph: replay a step as one CUDA graph where device and block can; off to launch its kernels one by one.
         compile: compile the block's step with torch.compile: half a minute once, for faster steps of large blocks.
         seed: of torch's generators, for blocks that draw random numbers; the order of samples is fixed.
     """

@@ -1,9 +1,9 @@
 """One training step of a block: forward, mean squared error, backward, AdamW.
 
-``AutogradSteps`` differentiates through the quantizer and lets torch's AdamW update every parameter; that is what runs on
-a CPU, and in float16, whose gradients need scaling. ``FusedSteps`` differentiates with respect to the dequantized weights
-and leaves the quantizer's backward pass, AdamW and the next dequantized weights to one pass over each weight; none of it
-waits for the device, so ``GraphedSteps`` can replay it as one CUDA graph.
+``AutogradSteps`` differentiates through the quantizer and lets torch's AdamW update every parameter; that is what runs
+on a CPU, and in float16, whose gradients need scaling. ``FusedSteps`` differentiates with respect to the dequantized
+weights and leaves the quantizer's backward pass, AdamW and the next dequantized weights to one pass over each weight;
+none of it waits for the device, so ``GraphedSteps`` can replay it as one CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Triton kernels of fake quantization: one pass over the weight forward, one backward.
 
-A group of ``width`` divides its row, so a weight ``[out, in]`` in memory is ``out * groups`` rows of ``width``: one row a
-group, with its scale and zero-point at the same index. A program owns ``ROWS`` whole groups, so their sums need no
+A group of ``width`` divides its row, so a weight ``[out, in]`` in memory is ``out * groups`` rows of ``width``: one row
+a group, with its scale and zero-point at the same index. A program owns ``ROWS`` whole groups, so their sums need no
 atomics and do not depend on the order in which programs run. Groups wider than ``COLUMNS`` are walked in pieces.
 
-Codes must be those that ``formats.affine.quantize`` packs, so ``w / s`` is divided as IEEE says and rounded half to even.
+Codes must be those that ``formats.affine.quantize`` packs, so ``w / s`` is divided as IEEE says and rounded to even.
 """
 
+# ruff: noqa: N803 -- compile-time arguments are in capitals
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton

@@ -67,7 +67,8 @@ class _FakeQuant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        results = gradients(*ctx.saved_tensors, ctx.bits, grads[0])
+        weight, s, z = ctx.saved_tensors
+        results = gradients(weight, s, z, ctx.bits, grads[0])
         needed = (result if need else None for result, need in zip(results, ctx.needs_input_grad, strict=False))
         return *needed, None, None, None, None
 

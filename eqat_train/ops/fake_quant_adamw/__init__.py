@@ -104,7 +104,7 @@ def fake_quant_adamw_(
     width = columns if group_size == -1 else group_size
     groups = (weight.shape[0], columns // width)
     expected = {"weight": (weight, weight.shape), "scales": (scales, groups), "zeros": (zeros, groups)}
-    for (name, (tensor, shape)), both in zip(tuple(expected.items()), moments, strict=True):
+    for (name, (_, shape)), both in zip(tuple(expected.items()), moments, strict=True):
         if both is not None:
             expected |= {f"{name}' {which} moments": (getattr(both, which), shape) for which in ("first", "second")}
     for name, (tensor, shape) in expected.items():

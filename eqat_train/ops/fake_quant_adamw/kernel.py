@@ -4,6 +4,8 @@ Scales and zeros change before the weight can be quantized again. Groups that fi
 registers until then; wider ones are read a second time.
 """
 
+# ruff: noqa: N803 -- compile-time arguments are in capitals
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -110,4 +112,6 @@ def step_kernel(
         mask = known[:, None] & (column < WIDTH)[None, :]
         if WIDTH > COLUMNS:
             w = tl.load(weight + at, mask=mask, other=0.0)
-        tl.store(dequantized + at, quantized(w, s[:, None], z[:, None], MAXQ).to(dequantized.dtype.element_ty), mask=mask)
+        tl.store(
+            dequantized + at, quantized(w, s[:, None], z[:, None], MAXQ).to(dequantized.dtype.element_ty), mask=mask
+        )

@@ -60,7 +60,7 @@ def fake_quant_adamw(
     shape = tile(width, ELEMENTS)
     pointers: list[Tensor | None] = []
     for parameter, both in zip((weight, scales, zeros), moments, strict=True):
-        pointers += [parameter, both and both.first, both and both.second]
+        pointers += [parameter, *((None, None) if both is None else (both.first, both.second))]
     with on_device(weight):
         step_kernel[(triton.cdiv(scales.numel(), shape["ROWS"]),)](
             *pointers,
