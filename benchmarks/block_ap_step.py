@@ -136,7 +136,7 @@ def _loops(options: argparse.Namespace) -> dict[str, Callable[..., tuple[Callabl
         "autograd, kernel": of("autograd"),
         "fused": of("fused"),
         "fused, graph": of("graph"),
-        "fused, graph, compile": of("graph", compile=True),
+        "fused, graph, compile": of("graph", execution="compile"),
     }
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from formats.errors import InputError
+
 from ..error_text import first_line
 from ..ops.fake_quant_adamw import AdamW, Moments, fake_quant_adamw_, schedule_row
 from .capture import BlockCall
@@ -65,10 +67,12 @@ def block_steps(
         device: where everything is.
         message: is told what cannot be done as asked and what is done instead.
     """
-    if device.type != "cuda" or settings.resolved_compute_dtype() == torch.float16:
+    if not settings.fuses_steps():
         return AutogradSteps(block, call, settings, total, device)
     steps = FusedSteps(block, call, settings, total, device)
-    return GraphedSteps(steps, message) if settings.cuda_graph else steps
+    return (
+        steps if settings.execution == "eager" else GraphedSteps(steps, message, required=settings.execution != "auto")
+    )
 
 
 class AutogradSteps:
@@ -156,7 +160,7 @@ class FusedSteps:
                 fused=True,
                 capturable=device.type == "cuda",
             )
-        self._loss = torch.compile(_loss, dynamic=False) if settings.compile else _loss
+        self._loss = torch.compile(_loss, dynamic=False) if settings.execution == "compile" else _loss
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
         with autocast(self.device, self._dtype):
@@ -207,10 +211,16 @@ def _loss(block: TrainableBlock, call: BlockCall, hidden_states: Tensor, target:
 
 
 class GraphedSteps:
-    """Replays a step as one CUDA graph, captured after the first few; batches of another size run without it."""
+    """Replays a step as one CUDA graph, captured after the first few; batches of another size run without it.
 
-    def __init__(self, steps: FusedSteps, message: Callable[[str], None]) -> None:
-        self._steps, self._message = steps, message
+    Args:
+        steps: what to capture.
+        message: is told when that is impossible and steps run singly.
+        required: raise InputError instead.
+    """
+
+    def __init__(self, steps: FusedSteps, message: Callable[[str], None], *, required: bool = False) -> None:
+        self._steps, self._message, self._required = steps, message, required
         self._graph: torch.cuda.CUDAGraph | None = None
         self._before_capture = WARMUP_STEPS
         self._hidden_states = self._target = self._loss = torch.empty(0)
@@ -235,7 +245,10 @@ class GraphedSteps:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._message(f"the block's step cannot be a CUDA graph ({first_line(error)}); it runs without one, slower")
+            text = f"the block's step cannot be a CUDA graph ({first_line(error)})"
+            if self._required:
+                raise InputError(f"{text}; use execution auto or eager") from error
+            self._message(f"{text}; it runs without one, slower")
             return
         self._graph = graph
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from formats.errors import TrainingDivergedError
 
 from ..reporting.progress import Task
+from .batches import batches
 from .capture import BlockCall
 from .passes import Streams, validate
 from .steps import block_steps
@@ -90,16 +91,14 @@ def train_block(
         TrainingDivergedError: a loss is NaN or infinite.
     """
     device, dtype = train.full.device, settings.resolved_compute_dtype()
-    count, batch = len(train.full), settings.batch_size
-    steps = math.ceil(count / batch)
+    steps = math.ceil(len(train.full) / settings.batch_size)
     step_of = block_steps(block, call, settings, settings.epochs * steps, device, message)
     train_losses: list[float] = []
     val_losses: list[float | None] = []
     for epoch in range(settings.epochs):
         losses = _Losses(steps, epoch, device, settings, task)
-        for step in range(steps):
-            start, stop = step * batch, min((step + 1) * batch, count)
-            losses.record(step, step_of(train.quantized.read(start, stop), train.full.read(start, stop)))
+        for step, (hidden_states, target) in enumerate(batches(train, settings.batch_size)):
+            losses.record(step, step_of(hidden_states, target))
         train_losses.append(losses.mean())
         val_loss = validate(block, call, val, dtype)
         val_losses.append(val_loss)

@@ -20,8 +20,8 @@ from eqat_train.block_ap import run as block_ap_run
 from eqat_train.block_ap import steps as block_steps
 from eqat_train.block_ap.capture import BlockCall
 from eqat_train.block_ap.fake_quant_linear import FakeQuantLinear
-from eqat_train.block_ap.trainable_block import TrainableBlock
 from eqat_train.block_ap.steps import cosine
+from eqat_train.block_ap.trainable_block import TrainableBlock
 from eqat_train.models.decoder import is_quantizable
 from eqat_train.models.loading import load_dense_model, load_tokenizer
 from eqat_train.ops.fake_quant import fake_quant
