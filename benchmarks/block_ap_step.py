@@ -13,8 +13,6 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +35,7 @@ def main() -> None:
     """Checks, times and writes rows."""
     options = _options()
     rows, losses = [], {}
-    for name, make in _loops(options).items():
+    for name, make in _loops().items():
         if options.impl and name not in options.impl:
             continue
         gc.collect()
@@ -107,25 +105,27 @@ def _block(options: argparse.Namespace) -> tuple[nn.Module, BlockCall, Tensor, T
     return block, call, x, target, settings
 
 
-def _loops(options: argparse.Namespace) -> dict[str, Callable[..., tuple[Callable[[], Tensor], int]]]:
-    def of(kind: str, **changed: Any) -> Callable[..., tuple[Callable[[], Tensor], int]]:
+def _loops() -> dict[str, Callable[..., tuple[Callable[[], Tensor], int]]]:
+    def of(kind: str) -> Callable[..., tuple[Callable[[], Tensor], int]]:
         def make(
             block: nn.Module, call: BlockCall, x: Tensor, target: Tensor, settings: BlockApSettings
         ) -> tuple[Callable[[], Tensor], int]:
             size = sum(p.numel() for p in block.parameters() if p.dim() == 2)
             stored = {name: torch.bfloat16 for name, _ in block.named_parameters()}
             trainable = TrainableBlock(block, settings.scheme, settings.scale_dtype, stored)
-            changed_settings, total = replace(settings, **changed), 4096
+            total = 4096
             if kind == "plain":
                 for linear in trainable.linears.values():
                     linear.impl = "reference"
             if kind in ("plain", "autograd"):
-                autograd = AutogradSteps(trainable, call, changed_settings, total, DEVICE)
+                autograd = AutogradSteps(trainable, call, settings, total, DEVICE)
                 return lambda: autograd(x, target), size
-            fused = FusedSteps(trainable, call, changed_settings, total, DEVICE)
+            fused = FusedSteps(trainable, call, settings, total, DEVICE)
             if kind == "fused":
                 return lambda: fused(x, target), size
-            graphed = GraphedSteps(fused, sys.exit)
+            if kind == "compile":
+                fused.compile(sys.exit, required=True)
+            graphed = GraphedSteps(fused, sys.exit, required=True)
             return lambda: graphed(x, target), size
 
         return make
@@ -136,7 +136,7 @@ def _loops(options: argparse.Namespace) -> dict[str, Callable[..., tuple[Callabl
         "autograd, kernel": of("autograd"),
         "fused": of("fused"),
         "fused, graph": of("graph"),
-        "fused, graph, compile": of("graph", execution="compile"),
+        "fused, graph, compile": of("compile"),
     }
 
 

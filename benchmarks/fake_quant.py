@@ -14,6 +14,10 @@ from torch import Tensor
 
 from benchmarks.harness import RESULTS, Row, buffers, graph_times, require, write
 from eqat_train.ops.fake_quant import fake_quant
+from eqat_train.ops.fake_quant.reference import gradients as reference_gradients
+from eqat_train.ops.fake_quant.reference import stored_scales, stored_zeros
+from eqat_train.ops.fake_quant.triton import gradients as kernel_gradients
+from eqat_train.ops.fake_quant.triton import quantizer
 from eqat_train.ops.fake_quant_adamw import AdamW, Moments, fake_quant_adamw_, schedule_row
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -47,9 +51,11 @@ def _measure(out: int, columns: int, bits: int, group_size: int) -> list[Row]:
         return lambda: fake_quant(*case[:3], bits, group_size, torch.float16, DTYPE, impl=impl)
 
     def backward(case: list[Tensor], impl: str) -> Callable[[], object]:
-        leaves = [tensor.detach().requires_grad_() for tensor in case[:3]]
-        output = fake_quant(*leaves, bits, group_size, torch.float16, DTYPE, impl=impl)
-        return lambda: torch.autograd.grad(output, leaves, case[3], retain_graph=True)
+        if impl == "reference":
+            s, z = stored_scales(case[1], torch.float16).float(), stored_zeros(case[2], bits)
+            return lambda: reference_gradients(case[0], s, z, bits, case[3])
+        group = quantizer(bits, columns if group_size == -1 else group_size, torch.float16)
+        return lambda: kernel_gradients(*case, group, (True, True, True))
 
     def fused(case: list[Tensor], impl: str) -> Callable[[], object]:
         weight, scales, zeros = (tensor.clone() for tensor in case[:3])

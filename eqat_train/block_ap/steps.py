@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AutogradSteps", "FusedSteps", "GraphedSteps", "Steps", "block_steps", "cosine"]
 
+# Where a block's matmuls take this long, half a minute of compiling pays; blocks of one kind share what it makes.
+COMPILE_SECONDS, MATMUL_RATE = 20, 4e14
 WARMUP_STEPS = 2  # before a graph is captured: libraries load, kernels compile, the optimizer makes its state
 
 
@@ -54,7 +56,7 @@ def block_steps(
     call: BlockCall,
     settings: BlockApSettings,
     total: int,
-    device: torch.device,
+    example: Tensor,
     message: Callable[[str], None],
 ) -> Steps:
     """The steps that fit a device and a compute dtype.
@@ -64,15 +66,21 @@ def block_steps(
         call: its arguments besides the hidden states.
         settings: learning rates and the like.
         total: steps of the whole training, which the learning rates fall over.
-        device: where everything is.
+        example: hidden states of one sample ``[seq, hidden]``, where the block is.
         message: is told what cannot be done as asked and what is done instead.
     """
     if not settings.fuses_steps():
-        return AutogradSteps(block, call, settings, total, device)
-    steps = FusedSteps(block, call, settings, total, device)
-    return (
-        steps if settings.execution == "eager" else GraphedSteps(steps, message, required=settings.execution != "auto")
+        return AutogradSteps(block, call, settings, total, example.device)
+    steps = FusedSteps(block, call, settings, total, example.device)
+    if settings.execution == "eager":
+        return steps
+    required = settings.execution != "auto"
+    flops = (
+        6.0 * settings.batch_size * example.shape[0] * sum(linear.weight.numel() for linear in block.linears.values())
     )
+    if settings.execution == "compile" or (not required and flops * total / MATMUL_RATE > COMPILE_SECONDS):
+        steps.compile(message, required=required)
+    return GraphedSteps(steps, message, required=required)
 
 
 class AutogradSteps:
@@ -160,11 +168,39 @@ class FusedSteps:
                 fused=True,
                 capturable=device.type == "cuda",
             )
-        self._loss = torch.compile(_loss, dynamic=False) if settings.execution == "compile" else _loss
+        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled_for: torch.Size | None = None
+
+    def compile(self, message: Callable[[str], None], *, required: bool) -> None:
+        """From now on steps of the first batch's shape are compiled; blocks of one architecture share what is made.
+
+        Args:
+            message: is told when that fails and steps run as they are.
+            required: raise InputError instead.
+        """
+
+        def attempt(*arguments: Any) -> Tensor:
+            try:
+                return cast(Tensor, compiled(*arguments))
+            except torch._dynamo.exc.TorchDynamoException as error:
+                text = f"the block's step cannot be compiled ({first_line(error)})"
+                if required:
+                    raise InputError(f"{text}; use execution auto, graph or eager") from error
+                message(f"{text}; it runs as it is, slower")
+                self._compiled = None
+                return _loss(*arguments)
+
+        compiled = torch.compile(_loss, dynamic=False)
+        self._compiled = attempt
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
+        loss_of: Callable[..., Tensor] = _loss
+        if self._compiled is not None:
+            self._compiled_for = self._compiled_for or hidden_states.shape
+            if hidden_states.shape == self._compiled_for:
+                loss_of = self._compiled
         with autocast(self.device, self._dtype):
-            loss = self._loss(self._block, self._call, hidden_states, target)
+            loss = loss_of(self._block, self._call, hidden_states, target)
         loss.backward()
         for name, linear in self._block.linears.items():
             dequantized = linear.dequantized

@@ -92,7 +92,7 @@ def train_block(
     """
     device, dtype = train.full.device, settings.resolved_compute_dtype()
     steps = math.ceil(len(train.full) / settings.batch_size)
-    step_of = block_steps(block, call, settings, settings.epochs * steps, device, message)
+    step_of = block_steps(block, call, settings, settings.epochs * steps, train.full.read(0, 1)[0], message)
     train_losses: list[float] = []
     val_losses: list[float | None] = []
     for epoch in range(settings.epochs):

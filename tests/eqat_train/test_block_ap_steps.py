@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from eqat_train.block_ap.capture import BlockCall
 from eqat_train.block_ap.settings import BlockApSettings
@@ -115,18 +116,33 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_graph_trains_as_the_plain_loop_does(self, dtype: torch.dtype) -> None:
         results = []
-        for execution, make in (("eager", AutogradSteps), ("eager", FusedSteps), ("graph", block_steps)):
+        for execution, make in (("eager", AutogradSteps), ("eager", FusedSteps), ("graph", None)):
             block, batches = _case(self.device, width=256, tokens=128)
             settings = _settings(self.device, compute_dtype=dtype, execution=execution, lr_weight=1e-5, lr_scale=1e-5)
-            rest = (_never,) if make is block_steps else ()
             if make is AutogradSteps:
                 for linear in block.linears.values():
                     linear.impl = "reference"
-            results.append(_run(make(block, BlockCall(), settings, TOTAL, self.device, *rest), batches))
+            steps = (
+                make(block, BlockCall(), settings, TOTAL, self.device)
+                if execution == "eager"
+                else block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], _never)
+            )
+            results.append(_run(steps, batches))
         plain, eager, graph = (losses for losses, _ in results)
         # sums in another order; codes that flip for it change the loss by little at these learning rates
         torch.testing.assert_close(eager, plain, rtol=1e-3, atol=0)
         torch.testing.assert_close(graph, eager, rtol=1e-3, atol=0)
+
+    def test_a_compiled_graph_trains_as_the_plain_loop_does_and_blocks_share_it(self) -> None:
+        losses = []
+        for execution in ("eager", "compile", "compile"):
+            block, batches = _case(self.device, width=256, tokens=128)
+            settings = _settings(self.device, execution=execution, lr_weight=1e-5, lr_scale=1e-5)
+            before = counters["stats"]["unique_graphs"]
+            losses.append(_run(block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], _never), batches)[0])
+        assert counters["stats"]["unique_graphs"] == before
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+        assert torch.equal(losses[1], losses[2])
 
     @pytest.mark.parametrize("execution", ["eager", "graph"])
     def test_reruns_are_bit_identical(self, execution: str) -> None:
@@ -134,7 +150,7 @@ class TestOnTheGpu:
         for _ in range(2):
             block, batches = _case(self.device, width=256, tokens=128)
             settings = _settings(self.device, compute_dtype=torch.bfloat16, execution=execution)
-            results.append(_run(block_steps(block, BlockCall(), settings, TOTAL, self.device, _never), batches))
+            results.append(_run(block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], _never), batches))
         (losses, parameters), (again, same) = results
         assert torch.equal(losses, again)
         assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
@@ -143,7 +159,7 @@ class TestOnTheGpu:
         block, batches = _case(self.device, _Waiting)
         messages: list[str] = []
         settings = _settings(self.device)
-        steps = block_steps(block, BlockCall(), settings, TOTAL, self.device, messages.append)
+        steps = block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], messages.append)
         losses, _ = _run(steps, batches)
         assert len(messages) == 1 and "cannot be a CUDA graph" in messages[0] and "slower" in messages[0]
         block, batches = _case(self.device)
@@ -153,7 +169,7 @@ class TestOnTheGpu:
     def test_a_graph_that_was_asked_for_and_cannot_be_is_an_error(self) -> None:
         block, batches = _case(self.device, _Waiting)
         settings = _settings(self.device, execution="graph")
-        steps = block_steps(block, BlockCall(), settings, TOTAL, self.device, _never)
+        steps = block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], _never)
         assert isinstance(steps, GraphedSteps)
         with pytest.raises(InputError, match="use execution auto or eager"):
             _run(steps, batches)

@@ -52,9 +52,16 @@ def _float64_gradients(
     return (g * m).view_as(weight), (g * (q.double() - z - m * t)).sum(2), (g * (m - 1) * s).sum(2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale_dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group_size", "rows", "columns"), SHAPES)
+# every pair of dtypes, each with two of the shapes
+CASES = [
+    (*SHAPES[(3 * i + j + k) % len(SHAPES)], scale_dtype, dtype)
+    for i, scale_dtype in enumerate(DTYPES)
+    for j, dtype in enumerate(DTYPES)
+    for k in (0, 4)
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "rows", "columns", "scale_dtype", "dtype"), CASES)
 def test_forward_is_the_packed_layer_and_gradients_are_float64s(
     bits: int,
     group_size: int,
@@ -69,8 +76,10 @@ def test_forward_is_the_packed_layer_and_gradients_are_float64s(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (3, 128), (4, 32), (8, -1)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype"),
+    [(2, 64, torch.bfloat16), (3, 128, torch.float16), (4, 32, torch.bfloat16), (8, -1, torch.float32)],
+)
 def test_a_real_layer_too(bits: int, group_size: int, dtype: torch.dtype, kernel_device: torch.device) -> None:
     _check(_case(bits, group_size, 11008, 4096, kernel_device), bits, group_size, torch.float16, dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .kernels import backward_kernel, forward_kernel
 
-__all__ = ["fake_quant", "on_device", "quantizer", "refusal", "tile"]
+__all__ = ["fake_quant", "gradients", "on_device", "quantizer", "refusal", "tile"]
 
 # Fixed, not tuned: every choice from 1024 to 4096 elements streams at the same rate (benchmarks/fake_quant.py).
 ELEMENTS = 2048
@@ -94,26 +95,31 @@ class _FakeQuant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, scales, zeros = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        results = [
-            torch.empty_like(tensor) if need else None
-            for tensor, need in zip((weight, scales, zeros), needed, strict=True)
-        ]
-        shape = tile(ctx.quantizer["WIDTH"])
-        grid = (triton.cdiv(scales.numel(), shape["ROWS"]),)
-        with on_device(weight):
-            backward_kernel[grid](
-                weight,
-                scales,
-                zeros,
-                grads[0].contiguous(),
-                *results,
-                scales.numel(),
-                NEED_WEIGHT=needed[0],
-                NEED_SCALES=needed[1],
-                NEED_ZEROS=needed[2],
-                **ctx.quantizer,
-                **shape,
-                num_warps=WARPS,
-            )
+        results = gradients(weight, scales, zeros, grads[0], ctx.quantizer, ctx.needs_input_grad[:3])
         return *results, None, None, None, None
+
+
+def gradients(
+    weight: Tensor, scales: Tensor, zeros: Tensor, gradient: Tensor, group: dict[str, Any], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of weight, scales and zeros, None where not needed; ``group`` is from :func:`quantizer`."""
+    results = [
+        torch.empty_like(tensor) if need else None for tensor, need in zip((weight, scales, zeros), needed, strict=True)
+    ]
+    shape = tile(group["WIDTH"])
+    with on_device(weight):
+        backward_kernel[(triton.cdiv(scales.numel(), shape["ROWS"]),)](
+            weight,
+            scales,
+            zeros,
+            gradient.contiguous(),
+            *results,
+            scales.numel(),
+            NEED_WEIGHT=needed[0],
+            NEED_SCALES=needed[1],
+            NEED_ZEROS=needed[2],
+            **group,
+            **shape,
+            num_warps=WARPS,
+        )
+    return results

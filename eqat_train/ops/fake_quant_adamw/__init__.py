@@ -50,14 +50,15 @@ class Moments:
 
 
 def schedule_row(step: int, rates: Sequence[float], adamw: AdamW) -> list[float]:
-    """One row of the schedule: rates of weight, scales and zeros, ``1 - beta1**t`` and ``sqrt(1 - beta2**t)``.
+    """One row of the schedule: rates of weight, scales and zeros, ``1 / (1 - beta1**t)``, ``1 / sqrt(1 - beta2**t)``.
 
     Args:
         step: from 0.
         rates: the three learning rates.
         adamw: the betas are used.
     """
-    return [*rates, 1 - adamw.betas[0] ** (step + 1), math.sqrt(1 - adamw.betas[1] ** (step + 1))]
+    beta1, beta2 = adamw.betas
+    return [*rates, 1 / (1 - beta1 ** (step + 1)), 1 / math.sqrt(1 - beta2 ** (step + 1))]
 
 
 def fake_quant_adamw_(

@@ -44,9 +44,9 @@ def fake_quant_adamw(
 
 
 def _step(
-    parameter: Tensor, grad: Tensor, moments: Moments, rate: Tensor, bias1: Tensor, root2: Tensor, adamw: AdamW
+    parameter: Tensor, grad: Tensor, moments: Moments, rate: Tensor, bias1: Tensor, bias2: Tensor, adamw: AdamW
 ) -> None:
     parameter.mul_(1 - rate * adamw.weight_decay)
     moments.first.lerp_(grad, 1 - adamw.betas[0])
     moments.second.mul_(adamw.betas[1]).addcmul_(grad, grad, value=1 - adamw.betas[1])
-    parameter.sub_(rate / bias1 * moments.first / (moments.second.sqrt().div_(root2).add_(adamw.eps)))
+    parameter.sub_(rate * bias1 * moments.first / (moments.second.sqrt().mul_(bias2).add_(adamw.eps)))
