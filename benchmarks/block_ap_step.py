@@ -23,6 +23,7 @@ from eqat_train.block_ap.passes import autocast, reconstruction_loss
 from eqat_train.block_ap.settings import BlockApSettings
 from eqat_train.block_ap.steps import AutogradSteps, FusedSteps, GraphedSteps
 from eqat_train.block_ap.trainable_block import TrainableBlock
+from eqat_train.models.decoder import is_quantizable
 from formats import QuantScheme
 
 DEVICE = torch.device("cuda")
@@ -112,7 +113,8 @@ def _loops() -> dict[str, Callable[..., tuple[Callable[[], Tensor], int]]]:
         ) -> tuple[Callable[[], Tensor], int]:
             size = sum(p.numel() for p in block.parameters() if p.dim() == 2)
             stored = {name: torch.bfloat16 for name, _ in block.named_parameters()}
-            trainable = TrainableBlock(block, settings.scheme, settings.scale_dtype, stored)
+            schemes = {name: settings.scheme for name, module in block.named_modules() if is_quantizable(module)}
+            trainable = TrainableBlock(block, schemes, settings.scale_dtype, stored)
             total = 4096
             if kind == "plain":
                 for linear in trainable.linears.values():

@@ -57,7 +57,8 @@ def _case(
         for x in inputs:
             batches.append((x.to(device), block(x).to(device)))
     stored = {name: torch.bfloat16 for name, _ in block.named_parameters()}
-    return TrainableBlock(block.to(device), SCHEME, torch.float16, stored), batches
+    schemes = {"up": SCHEME, "down": SCHEME}
+    return TrainableBlock(block.to(device), schemes, torch.float16, stored), batches
 
 
 def _run(steps: Steps, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
