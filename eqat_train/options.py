@@ -175,4 +175,11 @@ class TrainConfig:
         "What Block-AP keeps hidden states in; auto is float32.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    execution: str = _option(
+        "auto",
+        "Hardware",
+        "How Block-AP runs a step on a GPU: kernel by kernel (eager), as one CUDA graph (graph), compiled too "
+        "(compile); auto is graph where that is possible.",
+        choices=("auto", "eager", "graph", "compile"),
+    )
     trust_remote_code: bool = _option(False, "Hardware", "Let Python files of the model folder run.")

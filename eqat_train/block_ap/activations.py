@@ -103,6 +103,7 @@ class ActivationStore:
     Attributes:
         shape: samples, seq, hidden.
         device: the computing device.
+        dtype: in which hidden states are kept.
 
     Args:
         shape: samples, seq, hidden.
@@ -118,7 +119,7 @@ class ActivationStore:
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, place: Place, device: torch.device, file: Path
     ) -> None:
-        self.shape, self.device, self._file = shape, device, file if place == "disk" else None
+        self.shape, self.device, self.dtype, self._file = shape, device, dtype, file if place == "disk" else None
         if place == "gpu":
             self._data = torch.empty(shape, dtype=dtype, device=device)
         elif place == "ram":
@@ -149,6 +150,20 @@ class ActivationStore:
         if self.device.type == "cuda" and self._data.numel():
             cudart = torch.cuda.cudart()
             torch.cuda.check_error(int(cudart.cudaHostRegister(self._data.data_ptr(), self._data.nbytes, 0)))
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether hidden states are kept where they are computed with."""
+        return self._data.device.type == self.device.type
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether they are kept in memory that the device can copy from by itself."""
+        return self._data.is_cpu and self._data.is_pinned()
+
+    def samples(self, start: int, stop: int) -> Tensor:
+        """Samples ``start..stop-1`` where and as they are kept, not copied."""
+        return self._data[start:stop]
 
     def read(self, start: int, stop: int) -> Tensor:
         """Samples ``start..stop-1`` on the computing device, fp32 whatever they are kept in."""

@@ -22,6 +22,9 @@ class FakeQuantLinear(nn.Module):
         scales: fp32 parameter ``[out, groups]``, from the weight's minima and maxima.
         zeros: fp32 parameter ``[out, groups]``.
         bias: fp32 parameter ``[out]`` or None.
+        dequantized: what the forward multiplies with when someone else keeps it up to date, ``[out, in]`` in the
+            compute dtype; None to make it anew from the parameters in every forward.
+        impl: who computes it, see :mod:`eqat_train.ops.dispatch`.
 
     Args:
         linear: full-precision layer, fp32.
@@ -45,12 +48,30 @@ class FakeQuantLinear(nn.Module):
         self.scales = nn.Parameter(scales)
         self.zeros = nn.Parameter(zeros.float())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())
+        self.dequantized: Tensor | None = None
+        self.impl = "auto"
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        weight = fake_quant(
-            self.weight, self.scales, self._held_zeros(), self.scheme.bits, self.scheme.group_size, self.scale_dtype
-        )
+        weight = self.dequantized
+        if weight is None:
+            device = x.device.type
+            weight = self.quantize_dequantize(
+                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+            )
         return F.linear(x, weight, self.bias)
+
+    def quantize_dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight as it will be stored, rounded to ``dtype`` once; differentiable in every parameter."""
+        return fake_quant(
+            self.weight,
+            self.scales,
+            self._held_zeros(),
+            self.scheme.bits,
+            self.scheme.group_size,
+            self.scale_dtype,
+            dtype,
+            impl=self.impl,
+        )
 
     @torch.no_grad()
     def quantized(self, bias_dtype: torch.dtype = torch.float16) -> QuantizedLinear:

@@ -41,9 +41,10 @@ from .activations import ActivationStore, Place, choose_place
 from .block_files import BlockFiles
 from .capture import BlockCall, Capture
 from .checks import check_linear, check_tokens
+from .passes import Streams, advance_, forward_spans, validate
 from .settings import BlockApReport, BlockApSettings, BlockReport
 from .trainable_block import TrainableBlock, put_numbers_
-from .trainer import Streams, advance_, forward_spans, train_block, validate
+from .trainer import train_block
 from .unfinished import block_ap_identity, block_report, going_on, report_from
 from .untouched import untouched_parameters
 
@@ -141,6 +142,7 @@ class _Run:
         self, reader: CheckpointReader, model: PreTrainedModel, settings: BlockApSettings, reporter: Reporter
     ) -> None:
         self.reader, self.model, self.settings, self.reporter = reader, model, settings, reporter
+        self._said: set[str] = set()
         self.format: Format = get_format("native")
         self.device, self.dtype = settings.resolved_device(), settings.resolved_compute_dtype()
         self.path, self.layers = find_decoder_layers(model)
@@ -274,6 +276,11 @@ class _Run:
         settings, schemes = self.settings, self._block_schemes(index)
         return TrainableBlock(self.layers[index], schemes, settings.scale_dtype, stored, settings.zero_range)
 
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.reporter.message(text)
+
     def _block_schemes(self, index: int) -> dict[str, QuantScheme]:
         """Local path of each linear of a block that is quantized -> its scheme."""
         prefix = f"{self.path}.{index}."
@@ -339,7 +346,7 @@ class _Run:
         steps = settings.epochs * -(-len(train.full) // settings.batch_size)
         with self.reporter.task(f"block {index + 1}/{len(self.layers)}", steps) as task:
             try:
-                train_losses, val_losses = train_block(block, call, train, val, settings, task)
+                train_losses, val_losses = train_block(block, call, train, val, settings, task, self._say_once)
             except TrainingDivergedError as exc:
                 done = f"{index} finished block{'s are' if index > 1 else ' is'} kept in {files.folder}"
                 kept = done if index else "no block was finished"

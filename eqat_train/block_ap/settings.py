@@ -40,6 +40,8 @@ class BlockApSettings:
         zero_range: lowest and highest zero-point to use; None for 0 to maxq.
         activations: where hidden states are kept; "auto" is the fastest place with room.
         activation_dtype: what hidden states are kept in; None is float32.
+        execution: how a step runs on a GPU: "eager" launches its kernels one by one, "graph" replays them as one CUDA
+            graph, "compile" also fuses elementwise work by torch.compile. "auto" is "graph" where that is possible.
         seed: of torch's generators, for blocks that draw random numbers; the order of samples is fixed.
     """
 
@@ -58,6 +60,7 @@ class BlockApSettings:
     zero_range: tuple[int, int] | None = None
     activations: Place | Literal["auto"] = "auto"
     activation_dtype: torch.dtype | None = None
+    execution: Literal["auto", "eager", "graph", "compile"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +78,11 @@ class BlockApSettings:
             raise InputError(f"min_lr_factor is {self.min_lr_factor!r}; allowed are numbers from 1")
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             raise InputError(f"compute_dtype is {self.compute_dtype}; allowed are float32, bfloat16 and float16")
+        if self.execution in ("graph", "compile") and not self.fuses_steps():
+            raise InputError(
+                f"execution {self.execution} needs a CUDA device and float32 or bfloat16, and this is "
+                f"{self.resolved_device()} and {self.resolved_compute_dtype()}; use auto or eager"
+            )
         if self.zero_range is not None:
             low, high = self.zero_range
             found = (override_scheme(value, self.scheme) for value in self.overrides.values())
@@ -104,6 +112,10 @@ class BlockApSettings:
         if self.compute_dtype is not None:
             return self.compute_dtype
         return torch.bfloat16 if self.resolved_device().type == "cuda" else torch.float32
+
+    def fuses_steps(self) -> bool:
+        """Whether AdamW and the quantizer are one pass over each weight: on a GPU, unless gradients must be scaled."""
+        return self.resolved_device().type == "cuda" and self.resolved_compute_dtype() != torch.float16
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def block_ap_settings(config: TrainConfig) -> BlockApSettings:
         device=device,
         activations=config.activations,  # type: ignore[arg-type]  # one of its choices
         activation_dtype=None if config.activation_dtype == "auto" else DTYPES[config.activation_dtype],
+        execution=config.execution,  # type: ignore[arg-type]  # one of its choices
         seed=config.seed,
     )
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from eqat_train.block_ap import BlockApReport, BlockApSettings, run_block_ap
 from eqat_train.block_ap import run as block_ap_run
-from eqat_train.block_ap import trainer as block_trainer
+from eqat_train.block_ap import steps as block_steps
 from eqat_train.block_ap.capture import BlockCall
 from eqat_train.block_ap.fake_quant_linear import FakeQuantLinear
+from eqat_train.block_ap.steps import cosine
 from eqat_train.block_ap.trainable_block import TrainableBlock
-from eqat_train.block_ap.trainer import cosine
 from eqat_train.models.decoder import is_quantizable
 from eqat_train.models.loading import load_dense_model, load_tokenizer
 from eqat_train.ops.fake_quant import fake_quant
@@ -316,7 +316,7 @@ def test_a_diverged_loss_names_block_step_and_rates_and_keeps_finished_blocks(
 
 
 def test_parameters_that_diverge_in_the_last_step_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer_of = block_trainer._optimizer
+    optimizer_of = block_steps._optimizer
 
     def spoiled(*arguments: Any) -> torch.optim.Optimizer:
         optimizer = optimizer_of(*arguments)
@@ -324,7 +324,7 @@ def test_parameters_that_diverge_in_the_last_step_are_noticed(tmp_path: Path, mo
         optimizer.register_step_post_hook(lambda *_: parameter.data.fill_(torch.nan))
         return optimizer
 
-    monkeypatch.setattr(block_trainer, "_optimizer", spoiled)
+    monkeypatch.setattr(block_steps, "_optimizer", spoiled)
     with pytest.raises(TrainingDivergedError, match="end of the last epoch"):
         run_block_ap(
             save_tiny_model(tmp_path / "model"),

@@ -161,7 +161,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
         ({"group_size": 5}, "group_size 5 does not divide in_features 16"),
         ({"scales": torch.ones(4, 3)}, r"scales are torch.float32 \[4, 3\]; expected torch.float32 \[4, 2\]"),
         ({"zeros": torch.ones(4, 2, dtype=torch.int32)}, "zeros are torch.int32"),
-        ({"impl": "triton"}, "fake_quant: has no triton kernel"),
+        ({"impl": "cuda"}, "impl is 'cuda'; allowed are auto, reference, triton"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> None:

@@ -182,6 +182,7 @@ CHANGES: dict[str, Any] = {
     "dtype": "bfloat16",
     "activations": "disk",
     "activation_dtype": "bfloat16",
+    "execution": "graph",
     "trust_remote_code": True,
 }
 

@@ -24,6 +24,7 @@ def fake_quant(
     bits: int,
     group_size: int,
     scale_dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype = torch.float32,
     *,
     impl: str = "auto",
 ) -> Tensor:
@@ -39,10 +40,11 @@ def fake_quant(
         bits: bits per code, 1 to 8.
         group_size: input features a group, a divisor of ``in``; -1 for the whole row.
         scale_dtype: dtype in which scales are stored.
+        dtype: of the result, which is rounded to it once; gradients come back in it.
         impl: see :mod:`eqat_train.ops.dispatch`.
 
     Returns:
-        fp32 ``[out, in]``.
+        ``[out, in]`` in ``dtype``.
 
     Raises:
         InputError: the group size does not divide the row, a shape or dtype is wrong, or ``impl`` cannot run.
@@ -58,4 +60,4 @@ def fake_quant(
     ):
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise InputError(f"{name} are {tensor.dtype} {list(tensor.shape)}; expected torch.float32 {list(shape)}")
-    return run("fake_quant", impl, weight.device, weight, scales, zeros, bits, width, scale_dtype)
+    return run("fake_quant", impl, weight.device, weight, scales, zeros, bits, width, scale_dtype, dtype)

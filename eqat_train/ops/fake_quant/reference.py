@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quant", "stored_scales", "stored_zeros"]
+__all__ = ["fake_quant", "gradients", "stored_scales", "stored_zeros"]
 
 
 def stored_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
@@ -31,40 +31,57 @@ def stored_zeros(zeros: Tensor, bits: int) -> Tensor:
     return zeros.round().clamp(0, 2**bits - 1)
 
 
+def gradients(weight: Tensor, s: Tensor, z: Tensor, bits: int, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, scales and zeros, given stored scales and zeros ``[out, groups]`` in fp32."""
+    t = weight.reshape(*s.shape, -1) / s.unsqueeze(2)  # [out, groups, width] fp32
+    g = gradient.float().reshape(t.shape)
+    r = t.round().add_(z.unsqueeze(2))
+    q = r.clamp(0, 2**bits - 1)
+    clipped = r != q
+    inside = g.masked_fill(clipped, 0)  # g * m
+    d_zeros = (inside - g).sum(dim=2).mul_(s)
+    t.masked_fill_(clipped, 0)  # not times m: t is infinite where a scale vanishes
+    d_scales = q.sub_(z.unsqueeze(2)).sub_(t).mul_(g).sum(dim=2)
+    return inside.view_as(weight), d_scales, d_zeros
+
+
 class _FakeQuant(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, width: int, scale_dtype: torch.dtype
+        ctx: Any,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bits: int,
+        width: int,
+        scale_dtype: torch.dtype,
+        dtype: torch.dtype,
     ) -> Tensor:
-        s = stored_scales(scales, scale_dtype).float().unsqueeze(2)  # [out, groups, 1] fp32
-        z = stored_zeros(zeros, bits).unsqueeze(2)
+        s = stored_scales(scales, scale_dtype).float()  # [out, groups] fp32
+        z = stored_zeros(zeros, bits)
         ctx.save_for_backward(weight, s, z)
         ctx.bits = bits
-        w = weight.reshape(weight.shape[0], -1, width)  # [out, groups, width]
-        return (w / s).round_().add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s).view_as(weight)
+        w = weight.reshape(*s.shape, width)  # [out, groups, width]
+        s, z = s.unsqueeze(2), z.unsqueeze(2)
+        return (w / s).round_().add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s).view_as(weight).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, s, z = ctx.saved_tensors
-        t = weight.reshape(*s.shape[:2], -1) / s  # [out, groups, width] fp32
-        g = grads[0].reshape(t.shape)
-        r = t.round().add_(z)
-        q = r.clamp(0, 2**ctx.bits - 1)
-        clipped = r != q
-        inside = g.masked_fill(clipped, 0)  # g * m
-        need_weight, need_scales, need_zeros = ctx.needs_input_grad[:3]
-        d_scales = d_zeros = None
-        if need_zeros:
-            d_zeros = (inside - g).sum(dim=2).mul_(s.squeeze(2))
-        if need_scales:
-            t.masked_fill_(clipped, 0)  # not times m: t is infinite where a scale vanishes
-            d_scales = q.sub_(z).sub_(t).mul_(g).sum(dim=2)
-        return inside.view_as(weight) if need_weight else None, d_scales, d_zeros, None, None, None
+        results = gradients(weight, s, z, ctx.bits, grads[0])
+        needed = (result if need else None for result, need in zip(results, ctx.needs_input_grad, strict=False))
+        return *needed, None, None, None, None
 
 
 def fake_quant(
-    weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, width: int, scale_dtype: torch.dtype
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    width: int,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See :func:`eqat_train.ops.fake_quant.fake_quant`; ``width`` is the group's width, never -1."""
-    result: Tensor = _FakeQuant.apply(weight, scales, zeros, bits, width, scale_dtype)
+    result: Tensor = _FakeQuant.apply(weight, scales, zeros, bits, width, scale_dtype, dtype)
     return result
