@@ -150,7 +150,7 @@ class _Run:
             self._run_block_ap(replace(block_ap_settings(self.config), epochs=0), rounded, Reporter(), scratch)
             self.measure("round-to-nearest", rounded)
             shutil.rmtree(rounded)
-            shutil.rmtree(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
         elif wanted:
             self.measure("round-to-nearest", rounded)
 

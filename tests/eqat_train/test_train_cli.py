@@ -24,6 +24,7 @@ from eqat_train.evaluate import perplexity
 from eqat_train.models.loading import load_dense_model, load_tokenizer
 from eqat_train.pipeline.results import Measurement, ModelResult
 from eqat_train.pipeline.train import train
+from eqat_train.pipeline.work_folder import MARKER
 from eqat_train.reporting.progress import Reporter
 from formats import QuantScheme
 from formats.errors import InputError
@@ -89,7 +90,10 @@ class Recorder:
         self, model: Path, train: torch.Tensor, val: torch.Tensor, settings: Any, out: Path, **more: Any
     ) -> None:
         more.pop("reporter")
-        self.seen.append(["block_ap", model.name, train.tolist(), val.tolist(), repr(settings), str(out), str(more)])
+        left = (more["work_dir"] / "blocks").exists()  # by an unfinished run
+        self.seen.append(
+            ["block_ap", model.name, train.tolist(), val.tolist(), repr(settings), str(out), str(more), left]
+        )
         self._make(out)
 
     def e2e_qp(self, checkpoint: Path, data: Any, settings: Any, out: Path, **more: Any) -> None:
@@ -130,6 +134,10 @@ def observe(
 
         monkeypatch.setattr(Measurement, "measure", measure)
         settings = {**cheap_run, "eval_data": "test.txt", "force": False, **changed}
+        unfinished = here / "eqat-out" / "tiny-w2g32.work"
+        (unfinished / "blocks").mkdir(parents=True)
+        (unfinished / "blocks" / "000.json").touch()
+        (unfinished / MARKER).touch()
         try:
             train(build_config(settings), Reporter())
         except InputError as error:
@@ -178,6 +186,7 @@ CHANGES: dict[str, Any] = {
     "prompt": "a cat",
     "sample_tokens": 9,
     "force": True,
+    "restart": True,
     "device": "cuda:99",
     "dtype": "bfloat16",
     "activations": "disk",
