@@ -18,13 +18,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack_bits", "packed_length", "permute_fields", "restream", "unpack_bits"]
+__all__ = [
+    "add_to_fields_",
+    "pack_bits",
+    "packed_length",
+    "permute_blocks_",
+    "permute_fields",
+    "restream",
+    "unpack_bits",
+    "widen_fields",
+]
 
+_CHUNK = 2**16  # words that stay in a core's cache through several operations
 _CONTAINER_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
 if sys.byteorder != "little":
@@ -163,8 +173,6 @@ def restream(words: Tensor, length: int, used: int, target: int) -> Tensor:
 def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor:
     """Moves the fields of every word to other places in the same word.
 
-    Fields that move equally far move together, with one mask and one shift.
-
     Args:
         words: int32 tensor of any shape.
         bits: bits a field; must divide 32.
@@ -182,6 +190,13 @@ def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor
         raise ValueError(f"bits is {bits}; fields of 1, 2, 4 or 8 bits fill a word of 32")
     if sorted(positions) != list(range(32 // bits)):
         raise ValueError(f"positions are {list(positions)}; expected each of 0..{32 // bits - 1} once")
+    order = _index_bit_order(positions)
+    if order is not None:
+        result = words.clone(memory_format=torch.contiguous_format)
+        flat = result.view(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            _permute_index_bits_([flat[start : start + _CHUNK]], bits, order)
+        return result
     targets: dict[int, int] = {}  # distance in bits, upwards -> mask of the fields that land there
     for field, position in enumerate(positions):
         distance = (position - field) * bits
@@ -191,9 +206,150 @@ def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor
     for distance, mask in targets.items():
         shift = torch.bitwise_left_shift if distance >= 0 else torch.bitwise_right_shift
         shift(source, abs(distance), out=moved)
-        moved.bitwise_and_(mask - 2**32 if mask >= 2**31 else mask)  # the mask also clears copies of the sign bit
+        moved.bitwise_and_(_signed(mask))  # the mask also clears copies of the sign bit
         result.bitwise_or_(moved)
     return result
+
+
+def permute_blocks_(words: Sequence[Tensor], bits: int, order: Sequence[int]) -> list[Tensor]:
+    """Moves fields between the words of a block, in place: field ``i`` of the result is field ``j`` of the block.
+
+    Fields are counted through the block, lowest first in each word; bit ``k`` of ``j`` is bit ``order.index(k)`` of
+    ``i``. A transposition of eight words of eight fields is ``(3, 4, 5, 0, 1, 2)``.
+
+    Args:
+        words: a power of two of int32 tensors of one shape, the words of many blocks; they are overwritten.
+        bits: bits a field; 1, 2, 4 or 8.
+        order: for each bit of a field's index in the result, lowest first, which bit it was.
+
+    Returns:
+        the words of the result: the tensors given, perhaps in another order.
+
+    Raises:
+        ValueError: words are not int32, or order is no permutation of the index bits.
+    """
+    count = int(math.log2(32 // bits)) + int(math.log2(len(words)))
+    if sorted(order) != list(range(count)) or 2**count != len(words) * (32 // bits):
+        raise ValueError(f"order is {list(order)}; {len(words)} words of {bits}-bit fields take each of 0..{count - 1}")
+    if any(word.dtype != torch.int32 for word in words):
+        raise ValueError("permute_blocks_ takes int32 words")
+    return _permute_index_bits_(list(words), bits, order)
+
+
+def widen_fields(words: Tensor, bits: int, count: int, target: int) -> Tensor:
+    """The same values in wider fields, along the first axis.
+
+    Args:
+        words: int32 ``[ceil(count * bits / 32), ...]``, a dense stream.
+        bits: 1 to 4.
+        count: values of the stream, a multiple of 8.
+        target: 4 or 8, more than ``bits``.
+
+    Returns:
+        int32 ``[count * target / 32, ...]``, a dense stream of wider fields.
+
+    Raises:
+        ValueError: the widths or the count are impossible, or words are not as many as the stream takes.
+    """
+    if not (1 <= bits <= 4 and target in (4, 8) and bits < target) or count % 8:
+        raise ValueError(f"{count} fields of {bits} bits do not become {target} bits wide; eights of 1 to 4 bits do")
+    eights = restream(words, count * bits, 32, 8 * bits)  # eight values a word
+    if eights is words:
+        eights = words.clone()
+    spread = eights.new_empty(count // 8, target // 4, *words.shape[1:])
+    if target == 8:
+        torch.bitwise_right_shift(eights, 4 * bits, out=spread[:, 1])
+        spread[:, 1].bitwise_and_(2 ** (4 * bits) - 1)
+        torch.bitwise_and(eights, 2 ** (4 * bits) - 1, out=spread[:, 0])
+        run = 2
+    else:
+        spread[:, 0] = eights
+        run = 4
+    moved = torch.empty_like(spread)
+    while run:  # runs of so many values stand together; the upper one of each two moves up
+        torch.bitwise_left_shift(spread, run * (target - bits), out=moved)
+        low = sum((2 ** (run * bits) - 1) << at * target for at in range(0, 32 // target, 2 * run))
+        spread.bitwise_and_(low)
+        spread.bitwise_or_(moved.bitwise_and_(_signed(low << run * target)))
+        run //= 2
+    return spread.flatten(0, 1)
+
+
+def add_to_fields_(words: Tensor, addends: Tensor) -> Tensor:
+    """Adds numbers to 4-bit fields modulo 16, in place, and says which sums were 16 or more.
+
+    Args:
+        words: int32 ``[words, ...]`` of eight fields each; they become the sums.
+        addends: int32, 0 to 16, broadcastable to words; all fields of a word get the same.
+
+    Returns:
+        int32 of the shape of words: bit ``i``, of eight, tells of field ``i``.
+    """
+    spread = addends * 0x01010101
+    odd = ((words >> 4) & 0x0F0F0F0F).add_(spread)
+    words.bitwise_and_(0x0F0F0F0F).add_(spread)
+    over = (words >> 4).bitwise_and_(0x01010101)
+    over.bitwise_or_((odd >> 3).bitwise_and_(0x02020202))  # two bits a byte, of four
+    over.bitwise_or_(over >> 6).bitwise_and_(0x000F000F)
+    over.bitwise_or_(over >> 12).bitwise_and_(0xFF)
+    words.bitwise_and_(0x0F0F0F0F).bitwise_or_(odd.bitwise_and_(0x0F0F0F0F).bitwise_left_shift_(4))
+    return over
+
+
+def _index_bit_order(positions: Sequence[int]) -> list[int] | None:
+    """Which bit of a field's index each bit of its new index was; None where a permutation is not one of index bits."""
+    count = int(math.log2(len(positions)))
+    powers = [positions[2**k] for k in range(count)]
+    if list(positions) != [sum(powers[k] for k in range(count) if field >> k & 1) for field in range(2**count)]:
+        return None
+    return [powers.index(2**k) for k in range(count)]
+
+
+def _permute_index_bits_(words: list[Tensor], bits: int, order: Sequence[int]) -> list[Tensor]:
+    """See ``permute_blocks_``. Exchanges two index bits at a time, each by one exchange of masked fields."""
+    inside = int(math.log2(32 // bits))
+    now = list(range(len(order)))  # which bit of the original index stands where
+    moved, kept = torch.empty_like(words[0]), torch.empty_like(words[0])
+    for low in range(len(order)):
+        high = now.index(order[low])
+        if high == low:
+            continue
+        now[low], now[high] = now[high], now[low]
+        if high < inside:
+            mask = _mask(bits, [field for field in range(2**inside) if field >> low & 1 and not field >> high & 1])
+            distance = bits * (2**high - 2**low)
+            for word in words:
+                torch.bitwise_right_shift(word, distance, out=moved)
+                moved.bitwise_xor_(word).bitwise_and_(_signed(mask))
+                word.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(distance))
+        elif low < inside:
+            mask = _mask(bits, [field for field in range(2**inside) if not field >> low & 1])
+            distance = bits * 2**low
+            for i, first in enumerate(words):
+                if i >> high - inside & 1:
+                    continue
+                second = words[i | 1 << high - inside]
+                torch.bitwise_right_shift(first, distance, out=moved)
+                moved.bitwise_xor_(second).bitwise_and_(_signed(mask))
+                second.bitwise_xor_(moved)
+                first.bitwise_xor_(torch.bitwise_left_shift(moved, distance, out=kept))
+        else:
+            lower, upper = 1 << low - inside, 1 << high - inside
+            for i in range(len(words)):
+                if i & lower and not i & upper:
+                    j = i ^ lower ^ upper
+                    words[i], words[j] = words[j], words[i]
+    return words
+
+
+def _mask(bits: int, fields: Iterable[int]) -> int:
+    """The word in which all bits of the given fields are set."""
+    return sum((2**bits - 1) << bits * field for field in fields)
+
+
+def _signed(mask: int) -> int:
+    """A word of 32 bits as int32 has it."""
+    return mask - 2**32 if mask >= 2**31 else mask
 
 
 def _field(words: Tensor, low: int, width: int) -> Tensor:

@@ -7,7 +7,7 @@ happens where the type was forced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def refusal(kind: BlockType, scheme: QuantScheme, in_features: int) -> str | Non
     return None
 
 
-def choose(layer: QuantizedLinear) -> TypeChoice:
+def choose(layer: QuantizedLinear | PackedLinear) -> TypeChoice:
     """The smallest type that holds every integer of a layer.
 
     Raises:
@@ -101,14 +101,14 @@ def fit(layer: QuantizedLinear | PackedLinear, kind: BlockType) -> Fit:
     return _fit(kind, low.int() - zeros, high.int() - zeros)
 
 
-def integers(layer: QuantizedLinear, kind: BlockType) -> tuple[Tensor, Tensor, Fit]:
-    """A layer's integers and scales in a type.
+def integers(layer: QuantizedLinear, kind: BlockType, found: Fit) -> Tensor:
+    """A layer's integers in a type: codes uint8 ``[out, in]``, each below ``2 ** kind.bits``.
 
-    Returns:
-        codes uint8 ``[out, in]``, each below ``2 ** kind.bits``; scales ``[out, groups]`` in the layer's dtype,
-        negated where complemented; and the fit.
+    Args:
+        layer: any.
+        kind: the type.
+        found: how it holds the layer.
     """
-    found = fit(layer, kind)
     flip, zeros = found.flip, layer.zeros
     width = layer.scheme.width(layer.in_features)
     codes = layer.codes.view(layer.out_features, layer.groups, width)
@@ -122,8 +122,7 @@ def integers(layer: QuantizedLinear, kind: BlockType) -> tuple[Tensor, Tensor, F
         )
     else:
         shifted = codes + _bytes(-zeros - kind.low)
-    scales = torch.where(flip, -layer.scales, layer.scales)
-    return shifted.view(layer.out_features, layer.in_features), scales, found
+    return shifted.view(layer.out_features, layer.in_features)
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -139,8 +138,7 @@ def _fit(kind: BlockType, low: Tensor, high: Tensor) -> Fit:
     return Fit(flip, torch.where(flip, flipped, plain).clamp_(min=0))
 
 
-def _holds(layer: QuantizedLinear, kind: BlockType) -> bool:
+def _holds(layer: QuantizedLinear | PackedLinear, kind: BlockType) -> bool:
     """Whether a type holds every integer; a few rows are looked at before all of them."""
-    rows = slice(0, _FIRST_ROWS)
-    first = replace(layer, codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows], bias=None)
+    first = layer.rows(slice(0, _FIRST_ROWS))
     return fit(first, kind).exact and (layer.out_features <= _FIRST_ROWS or fit(layer, kind).exact)

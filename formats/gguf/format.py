@@ -101,7 +101,7 @@ class GgufFormat(Format):
     def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedLayer:
         """blocks ``[out, in / 32, bytes of 32 weights]`` and, if there is one, the bias in fp32."""
         self.check(layer.scheme, layer.out_features, layer.in_features)
-        tensors, choice = self._from_stream(layer) or self._from_codes(layer.unpack())
+        tensors, choice = self._encoded(layer)
         if layer.bias is not None:
             tensors["bias"] = _stored_bias(layer.bias)
         return EncodedLayer(tensors, choice)
@@ -205,26 +205,18 @@ class GgufFormat(Format):
 
         return GgufWriter(out, source, self, pre_tokenizer=self.pre_tokenizer, force=force)
 
-    def _from_stream(self, layer: QuantizedLinear | PackedLinear) -> tuple[dict[str, Tensor], TypeChoice] | None:
-        """Packed 2-bit codes whose zeros all fit Q2_0, which holds the same stream; None for any other layer."""
-        kind = BLOCK_TYPES["Q2_0"]
-        if not isinstance(layer, PackedLinear) or layer.scheme.bits != kind.bits or self.forced not in (None, kind):
-            return None
-        if refusal(kind, layer.scheme, layer.in_features) or not bool(((layer.zeros == 1) | (layer.zeros == 2)).all()):
-            return None
-        flip, times = layer.zeros == 2, layer.scheme.width(layer.in_features) // kind.block
-        scales = _stored_scales(torch.where(flip, -layer.scales, layer.scales)).repeat_interleave(times, dim=1)
-        blocks = stream_blocks(kind, layer.words, flip.repeat_interleave(times, dim=1), scales)
-        return {"blocks": blocks}, self._choice(kind)
-
-    def _from_codes(self, layer: QuantizedLinear) -> tuple[dict[str, Tensor], TypeChoice]:
+    def _encoded(self, layer: QuantizedLinear | PackedLinear) -> tuple[dict[str, Tensor], TypeChoice]:
         choice = choose(layer) if self.forced is None else self._choice(self.forced)
         kind = BLOCK_TYPES[choice.type]
-        codes, scales, found = integers(layer, kind)
+        found = fit(layer, kind)
+        times = layer.scheme.width(layer.in_features) // kind.block
+        scales = torch.where(found.flip, -layer.scales, layer.scales)
+        stored = _stored_scales(scales).repeat_interleave(times, dim=1)
+        if isinstance(layer, PackedLinear) and found.exact and 2 <= layer.scheme.bits <= 4 and kind.bits <= 5:
+            return {"blocks": stream_blocks(kind, layer, found.flip, stored)}, choice
         if not found.exact:
             choice = replace(choice, exact=False, reason=f"forced; q - z clipped to {kind.low}..{kind.high}")
-        stored = _stored_scales(scales).repeat_interleave(layer.scheme.width(layer.in_features) // kind.block, dim=1)
-        return {"blocks": pack_blocks(kind, codes, stored)}, choice
+        return {"blocks": pack_blocks(kind, integers(layer.unpack(), kind, found), stored)}, choice
 
     def _choice(self, kind: BlockType) -> TypeChoice:
         return TypeChoice(kind.name, kind.bits_per_weight, "forced" if self.forced else within(kind))
