@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from eqat_export.rounding import Rounding
 from formats.affine import dequantize
-from formats.base import Exactness, Format, PackedFormat
+from formats.base import EncodedLayer, Exactness, Format, PackedFormat
 from formats.dense import DenseFormat
 from formats.errors import CheckpointError
 from formats.model import Checkpoint
@@ -23,8 +24,8 @@ from formats.types import QuantizedLinear
 
 __all__ = ["EncodedPart", "encode_part", "layer_memory", "passed_through"]
 
-# Upper estimates of what a weight takes while its layer is being encoded. Packed: words before and after, temporaries of
-# a few rows. Unpacked: a byte a code and what becomes of it besides.
+# Upper estimates of what a weight takes while its layer is being encoded: packed, its words before and after; unpacked, a
+# byte a code and what becomes of it besides.
 _PACKED_BYTES, _UNPACKED_BYTES = 2, 6
 
 
@@ -113,10 +114,10 @@ def _measure_reading(
             rounding.tensors += 1
         return
     plain = layer.unpack()
-    for rows, part in plain.row_blocks():
+    for rows, part in plain.row_blocks(2**17):
         exact, decoded = source.stored_weight(tensors, plain, rows), dequantize(part)
         if not torch.equal(exact, decoded):
-            rounding.add(name, exact, decoded, (decoded - exact).abs())  # decoding has set the limit already
+            rounding.add(name, exact, decoded, partial(_row_difference, exact, decoded))  # decoding set the limit
             differs = True
     rounding.tensors += differs
 
@@ -141,23 +142,31 @@ def _measure(
     form: Format, name: str, layer: QuantizedLinear | PackedLinear, stored: Mapping[str, Tensor], rounding: Rounding
 ) -> Exactness:
     """How exactly a layer was held; what was rounded is added to ``rounding``. A few rows at a time."""
-    if isinstance(layer, PackedLinear) and (isinstance(form, PackedFormat) or form.takes_packed):
+    known = stored if isinstance(stored, EncodedLayer) else EncodedLayer()
+    kind = known.exactness
+    if kind is None and isinstance(layer, PackedLinear) and (isinstance(form, PackedFormat) or form.takes_packed):
         kind = form.exactness(layer)  # from scales and zeros alone
-        if kind is not Exactness.ROUNDED:
-            return kind
-        if isinstance(form, PackedFormat) and form.rounds_zeros:
-            packed = form.decode_packed(stored, layer.scheme)
-            error = form.zero_error(stored, packed)
-            if error is not None and torch.equal(packed.scales.double().abs(), layer.scales.double().abs()):
-                rounding.add_groups(name, error, packed.scales)
-                rounding.tensors += 1
-                return kind
+    if kind is not None and kind is not Exactness.ROUNDED:
+        return kind
+    if known.group_error is not None:
+        rounding.add_groups(name, known.group_error, layer.scales)
+        rounding.tensors += 1
+        return Exactness.ROUNDED
     plain = layer.unpack()
-    kind = max((form.exactness(part) for _, part in plain.row_blocks()), key=list(Exactness).index)
+    if kind is None:
+        kind = max((form.exactness(part) for _, part in plain.row_blocks()), key=list(Exactness).index)
     if kind is Exactness.ROUNDED:
         held = form.decode(stored, layer.scheme) if form.readable else None
-        for rows, part in plain.row_blocks():
+        for rows, part in plain.row_blocks(2**17):
             found = stored[form.marker][rows] if held is None else form.stored_weight(stored, held, rows)
-            rounding.add(name, dequantize(part), found, form.bound(part))
+            rounding.add(name, dequantize(part), found, partial(_row_bound, form, part))
         rounding.tensors += 1
     return kind
+
+
+def _row_bound(form: Format, layer: QuantizedLinear, row: int) -> Tensor:
+    return form.bound(layer.rows(slice(row, row + 1)))
+
+
+def _row_difference(exact: Tensor, decoded: Tensor, row: int) -> Tensor:
+    return (decoded[row] - exact[row]).abs()

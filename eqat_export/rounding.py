@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from eqat_export.tensors import dtype_name
 from formats.errors import CheckpointError
 
 __all__ = ["Rounding"]
+
+_SMALLEST = 2.0**-149  # fp32's smallest positive number
 
 
 @dataclass
@@ -31,26 +34,32 @@ class Rounding:
     bound: float = 0.0
     where: str = ""
 
-    def add(self, name: str, exact: Tensor, stored: Tensor, bound: Tensor) -> None:
-        """Takes the differences of one tensor, or of some rows of it, into account.
+    def add(self, name: str, exact: Tensor, stored: Tensor, bound: Callable[[int], Tensor]) -> None:
+        """Takes the differences of a tensor of at least one axis, or of some rows of it, into account.
+
+        Args:
+            name: the tensor, or its layer.
+            exact: fp32 values.
+            stored: what stands in their place.
+            bound: of one row's differences, broadcastable to the row.
 
         Raises:
-            CheckpointError: a stored value is further off than its bound, or not finite.
+            CheckpointError: the largest difference is beyond its bound, or a stored value is not finite.
         """
         difference = (stored.float() - exact).abs_()
-        within = difference <= bound  # false for NaN
-        if not bool(within.all()):
-            value = float(exact[~within].flatten()[0])
+        worst = int(difference.argmax())  # NaN counts as the largest
+        row, column = divmod(worst, difference[0].numel())
+        error = float(difference.flatten()[worst])
+        limit = float(bound(row).broadcast_to(difference[row : row + 1].shape).flatten()[column])
+        if not error <= limit:  # false for NaN
+            value = float(exact.flatten()[worst])
             raise CheckpointError(
                 f"{name}: the value {value:.6g} cannot be stored as {dtype_name(stored.dtype)}; try another --dtype"
             )
-        share = (difference / exact).abs_().nan_to_num_(0.0, posinf=0.0)  # over non-zero values
+        if error >= self.error:
+            self.error, self.bound, self.where = error, limit, name
+        share = difference.div_(exact.abs().clamp_(min=_SMALLEST))  # a zero stays one
         self.relative = max(self.relative, float(share.max()))
-        worst = int(difference.argmax())
-        if float(difference.flatten()[worst]) >= self.error:
-            self.error = float(difference.flatten()[worst])
-            self.bound = float(bound.expand_as(difference).flatten()[worst])
-            self.where = name
 
     def add_cast(self, name: str, tensor: Tensor, cast: Tensor) -> None:
         """Takes one tensor's cast to another dtype into account, unless it is exact.
@@ -61,9 +70,13 @@ class Rounding:
         if torch.equal(cast.to(tensor.dtype), tensor):
             return
         limits = torch.finfo(cast.dtype)
-        exact = tensor.float()
-        # half a unit in the last place, and half the smallest subnormal number
-        self.add(name, exact, cast, exact.abs() * (limits.eps / 2) + limits.smallest_normal * limits.eps / 2)
+        exact = tensor.float().flatten()
+
+        def bound(row: int) -> Tensor:
+            # half a unit in the last place, and half the smallest subnormal number
+            return exact[row].abs() * (limits.eps / 2) + limits.smallest_normal * limits.eps / 2
+
+        self.add(name, exact, cast.flatten(), bound)
         self.tensors += 1
 
     def add_groups(self, name: str, error: Tensor, scales: Tensor) -> None:
@@ -71,13 +84,13 @@ class Rounding:
 
         Args:
             name: their layer.
-            error: float64 ``[out, groups]``.
+            error: ``[out, groups]``.
             scales: ``[out, groups]``; no weight but zero is smaller.
         """
         worst = float(error.max())
         if worst > self.error:
             self.error, self.bound, self.where = worst, worst, name
-        share = (error / scales.double().abs()).nan_to_num_(0.0, posinf=0.0)
+        share = (error / scales.to(error.dtype).abs()).nan_to_num_(0.0, posinf=0.0)
         self.relative = max(self.relative, float(share.max()))
 
     def merge(self, other: Rounding) -> None:

@@ -97,13 +97,14 @@ class PackedLinear(GroupedLayer):
         Args:
             where: bool ``[out_features, groups]``, True where a group is to be complemented.
         """
-        return replace(self, words=self.words ^ self._flips(where), **self.complemented_parameters(where))
+        return replace(self, words=self._flipped(where), **self.complemented_parameters(where))
 
-    def _flips(self, where: Tensor) -> Tensor:
-        """Words with every bit of a chosen group's codes set."""
+    def _flipped(self, where: Tensor) -> Tensor:
+        """The words with every bit of a chosen group's codes turned over."""
         bits, width = self.scheme.bits, self.scheme.width(self.in_features)
         if self.g_idx is None and self.in_features % width == 0 and width * bits % _WORD_BITS == 0:
             # whole words belong to one group
-            return (-where.T.to(torch.int32)).repeat_interleave(width * bits // _WORD_BITS, dim=0)
+            grouped = self.words.unflatten(0, (self.groups, -1))
+            return (grouped ^ -where.T.to(torch.int32)[:, None]).flatten(0, 1)
         flips = (where.to(torch.uint8) * self.scheme.maxq)[:, self.group_index()]
-        return pack_bits(flips, bits, axis=1).T
+        return self.words ^ pack_bits(flips, bits, axis=1).T

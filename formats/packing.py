@@ -161,13 +161,23 @@ def restream(words: Tensor, length: int, used: int, target: int) -> Tensor:
     padding = words.new_zeros(periods * run // used - count, *words.shape[1:])
     source = torch.cat([words, padding]) if len(padding) else words
     source = source.unflatten(0, (periods, run // used))
-    result = source.new_zeros(periods, run // target, *words.shape[1:])
-    for i in range(run // used):
-        for j in range(i * used // target, math.ceil((i + 1) * used / target)):
-            start = max(i * used, j * target)
-            end = min((i + 1) * used, (j + 1) * target)
-            result[:, j] |= _field(source[:, i], start - i * used, end - start) << (start - j * target)
+    result = source.new_empty(periods, run // target, *words.shape[1:])
+    step = max(1, _CHUNK // max(1, words[0].numel()))  # pieces of a word's rows stay in cache
+    for start in range(0, periods, step):
+        _restream_periods(source[start : start + step], used, result[start : start + step], target)
     return result.flatten(0, 1)[: math.ceil(length / target)]
+
+
+def _restream_periods(source: Tensor, used: int, result: Tensor, target: int) -> None:
+    """``restream`` of whole periods ``[periods, words, ...]``, with every bit from ``used`` upwards ignored."""
+    for j in range(result.shape[1]):
+        for i in range(j * target // used, math.ceil((j + 1) * target / used)):
+            start, end = max(i * used, j * target), min((i + 1) * used, (j + 1) * target)
+            piece = _field(source[:, i], start - i * used, end - start)
+            if start == j * target:
+                result[:, j] = piece
+            else:
+                result[:, j] |= piece << (start - j * target)
 
 
 def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor:

@@ -191,7 +191,7 @@ def _nibbles(kind: BlockType, words: Tensor, layer: PackedLinear, addends: Tenso
     if layer.scheme.bits < 4:
         words = widen_fields(words, layer.scheme.bits, layer.in_features, 4)
     rows = words.shape[1]
-    over = add_to_fields_(words.view(layer.groups, -1, rows), (addends & (2**kind.bits - 1))[:, None])
+    over = add_to_fields_(words.view(layer.groups, -1, rows), (addends & (2**kind.bits - 1))[:, None])  # modulo 16
     high = over.view(-1, rows).to(torch.uint8).T.contiguous() if kind.bits == 5 else None
     quarters = words.view(-1, UNIT // 8, rows).unbind(1)  # four words of eight codes a block
     return torch.stack(permute_blocks_(quarters, 4, _HALVES), 1).view(-1, rows), high

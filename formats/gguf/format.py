@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..affine import dequantize, expand_groups
-from ..base import NO_OVERRIDES, Exactness, Format, FormatOption
+from ..base import NO_OVERRIDES, EncodedLayer, Exactness, Format, FormatOption
 from ..container import ModelReader, ModelWriter, SourceModel
 from ..errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from ..packed import PackedLinear
 from ..qweight import config_integer
+from ..rounding import holds_scales
 from ..types import QuantizedLinear, QuantScheme
 from ..version import __version__
 from .blocks import BLOCK_TYPES, UNIT, WRITABLE, BlockType, block_type_of, pack_blocks, stream_blocks, unpack_blocks
@@ -24,12 +25,12 @@ from .fitting import TypeChoice, choose, fit, integers, refusal, within
 from .header import is_gguf
 from .pre_tokenizers import NAMES as PRE_TOKENIZERS
 
-__all__ = ["EncodedLayer", "GgufFormat"]
+__all__ = ["EncodedBlocks", "GgufFormat"]
 
 AUTO = "auto"
 
 
-class EncodedLayer(dict[str, Tensor]):
+class EncodedBlocks(EncodedLayer):
     """A layer's tensors, and why its blocks have their type."""
 
     def __init__(self, tensors: Mapping[str, Tensor], choice: TypeChoice) -> None:
@@ -98,13 +99,13 @@ class GgufFormat(Format):
         """The widest type holds any integer of fewer bits than its own, and its own if they are symmetric."""
         return self.forced is None and scheme.bits >= WRITABLE[-1].bits and not scheme.sym
 
-    def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedLayer:
+    def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedBlocks:
         """blocks ``[out, in / 32, bytes of 32 weights]`` and, if there is one, the bias in fp32."""
         self.check(layer.scheme, layer.out_features, layer.in_features)
         tensors, choice = self._encoded(layer)
         if layer.bias is not None:
             tensors["bias"] = _stored_bias(layer.bias)
-        return EncodedLayer(tensors, choice)
+        return EncodedBlocks(tensors, choice)
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
         """The layer in ``scheme``: its blocks as they are where that is their own, and otherwise the same weights with
@@ -133,7 +134,7 @@ class GgufFormat(Format):
 
     def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """EXACT_WEIGHTS when every scale is an fp16 number and no integer is clipped."""
-        if not torch.equal(layer.scales.half().to(layer.scales.dtype), layer.scales):
+        if not holds_scales(layer.scales, torch.float16):
             return Exactness.ROUNDED
         if self.forced is None and layer.scheme.bits < WRITABLE[-1].bits:
             return Exactness.EXACT_WEIGHTS  # the widest type holds whatever the zeros are
@@ -145,7 +146,8 @@ class GgufFormat(Format):
         ``clip`` is by how many steps the farthest integer of the group lies outside a forced type's range.
         """
         stored = layer.scales.double().half().double()
-        clip = fit(layer, self.forced or WRITABLE[-1]).excess.double()
+        excess = fit(layer, self.forced or WRITABLE[-1]).excess
+        clip = torch.zeros_like(stored) if excess is None else excess.double()
         width, columns = layer.scheme.group_size, layer.in_features
         clipping = expand_groups(stored.abs() * clip, columns, width)
         difference = expand_groups((stored - layer.scales.double()).abs(), columns, width)
@@ -206,9 +208,11 @@ class GgufFormat(Format):
         return GgufWriter(out, source, self, pre_tokenizer=self.pre_tokenizer, force=force)
 
     def _encoded(self, layer: QuantizedLinear | PackedLinear) -> tuple[dict[str, Tensor], TypeChoice]:
-        choice = choose(layer) if self.forced is None else self._choice(self.forced)
+        if self.forced is None:
+            choice, found = choose(layer)
+        else:
+            choice, found = self._choice(self.forced), fit(layer, self.forced)
         kind = BLOCK_TYPES[choice.type]
-        found = fit(layer, kind)
         times = layer.scheme.width(layer.in_features) // kind.block
         scales = torch.where(found.flip, -layer.scales, layer.scales)
         stored = _stored_scales(scales).repeat_interleave(times, dim=1)
