@@ -24,8 +24,8 @@ from formats.types import QuantizedLinear
 
 __all__ = ["EncodedPart", "encode_part", "layer_memory", "passed_through"]
 
-# Upper estimates of what a weight takes while its layer is being encoded: packed, its words before and after; unpacked, a
-# byte a code and what becomes of it besides.
+# Upper estimates of what a weight takes while its layer is being encoded: packed, its words before and after; unpacked,
+# a byte a code and what becomes of it besides.
 _PACKED_BYTES, _UNPACKED_BYTES = 2, 6
 
 

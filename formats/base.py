@@ -2,7 +2,7 @@
 
 A format maps one canonical layer to local tensor names and back. It owns the layout of those tensors, the
 configuration its readers expect, and the statement of what it can hold. It never touches files: that is a container's
-work (``container.py``), and shifting bits is ``packing.py``'s.
+work (``container.py``), and shifting bits is ``packing``'s.
 
 A subclass writes ``check``, ``encode``, ``decode``, ``features``, ``quantization_config`` and ``parse_config``; the
 rest has defaults. ``encode`` refuses whatever ``check`` refuses. A layout that stores the usual bit stream is a

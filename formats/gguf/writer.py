@@ -246,7 +246,7 @@ class GgufWriter(ModelWriter):
 
     def _ordered(self, name: str, tensor: Tensor) -> Tensor:
         order = permutation(self._family, self._config, name, tensor.shape[0])
-        return tensor if order is None else tensor[order]
+        return tensor if order is None else tensor.index_select(0, order)
 
     def _write(self, name: str, tensor: Tensor, type_name: str, shape: tuple[int, ...]) -> None:
         self._write_entry(self._names.to_ggml(name), tensor, type_name, shape)
