@@ -27,7 +27,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _BITS = 4
 _GROUPS = (16, 32, 64, 128)
 _PER_WORD = 8
-_TRANSPOSED = (3, 4, 5, 0, 1, 2)  # index bits of eight words of eight fields
+# Index bits of eight words of eight fields, so that field i is word ORDER[i] and word j is field j.
+_TRANSPOSED = (4, 5, 3, 0, 1, 2)
 _CACHED_WORDS = 2**16
 
 
@@ -164,9 +165,8 @@ def _across(words: Tensor) -> Tensor:
     for start in range(0, rows, step):
         part = words[start : start + step]
         outputs = part.reshape(-1, _PER_WORD).T.contiguous()  # [8, rows * out / 8]
-        inputs = permute_blocks_([outputs[i] for i in ORDER], _BITS, _TRANSPOSED)
-        for i, word in enumerate(inputs):
-            across[start : start + step, i] = word.view(len(part), -1)
+        inputs = permute_blocks_(outputs, _BITS, _TRANSPOSED)
+        across[start : start + step] = inputs.view(_PER_WORD, len(part), -1).transpose(0, 1)
     return across.flatten(0, 1)
 
 

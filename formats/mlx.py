@@ -21,7 +21,7 @@ from .errors import CheckpointError, InputError, InvalidLayerError, UnsupportedS
 from .packed import PackedLinear
 from .qweight import config_integer
 from .rounding import holds_scales
-from .types import SCALE_DTYPES, GroupedLayer, QuantizedLinear, QuantScheme, by_group
+from .types import SCALE_DTYPES, GroupedLayer, QuantizedLinear, QuantScheme, all_equal, by_group, negated
 
 __all__ = ["MlxFormat"]
 
@@ -87,7 +87,7 @@ class MlxFormat(PackedFormat):
         stored = self._parameters(layer)
         words, scales = layer.words, stored.scales
         if stored.mirrored is not None:
-            words, scales = layer.complement(stored.mirrored).words, torch.where(stored.mirrored, -scales, scales)
+            words, scales = layer.complement(stored.mirrored).words, negated(scales, stored.mirrored)
         tensors = EncodedLayer(
             weight=words.T.contiguous().view(torch.uint32),
             scales=scales.contiguous(),
@@ -111,7 +111,7 @@ class MlxFormat(PackedFormat):
         out_features, in_features = self.features(_shapes(tensors), scheme)
         _check_tensors(tensors, scheme, out_features, in_features)
         zeros = _zeros(tensors["scales"], tensors["biases"], scheme)
-        symmetric = bool((zeros == 2 ** (scheme.bits - 1)).all())
+        symmetric = all_equal(zeros, 2 ** (scheme.bits - 1))
         found = QuantScheme(scheme.bits, scheme.group_size, sym=symmetric)
         words = tensors["weight"].view(torch.int32).T
         try:

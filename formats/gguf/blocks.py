@@ -160,7 +160,7 @@ def stream_blocks(kind: BlockType, layer: PackedLinear, flip: Tensor, scales: Te
     """
     packed = np.empty((layer.out_features, layer.in_features // kind.block), _RECORDS[kind.name])
     packed["d"] = scales.numpy()
-    zeros = torch.where(flip, layer.scheme.maxq - layer.zeros, layer.zeros).T  # [groups, out]
+    zeros = layer.complemented_zeros(flip).T  # [groups, out]
     ones = -flip.T.to(torch.int32) if bool(flip.any()) else None
     for rows, words in layer.row_words():
         grouped = words.view(layer.groups, -1, words.shape[1])  # a group takes whole words
@@ -193,8 +193,8 @@ def _nibbles(kind: BlockType, words: Tensor, layer: PackedLinear, addends: Tenso
     rows = words.shape[1]
     over = add_to_fields_(words.view(layer.groups, -1, rows), (addends & (2**kind.bits - 1))[:, None])  # modulo 16
     high = over.view(-1, rows).to(torch.uint8).T.contiguous() if kind.bits == 5 else None
-    quarters = words.view(-1, UNIT // 8, rows).unbind(1)  # four words of eight codes a block
-    return torch.stack(permute_blocks_(quarters, 4, _HALVES), 1).view(-1, rows), high
+    blocks = words.view(-1, UNIT // 8, rows)  # four words of eight codes
+    return permute_blocks_(blocks, 4, _HALVES, axis=1).view(-1, rows), high
 
 
 def unpack_blocks(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

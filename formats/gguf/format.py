@@ -17,7 +17,7 @@ from ..errors import CheckpointError, InputError, InvalidLayerError, Unsupported
 from ..packed import PackedLinear
 from ..qweight import config_integer
 from ..rounding import holds_scales
-from ..types import QuantizedLinear, QuantScheme
+from ..types import QuantizedLinear, QuantScheme, negated
 from ..version import __version__
 from .blocks import BLOCK_TYPES, UNIT, WRITABLE, BlockType, block_type_of, pack_blocks, stream_blocks, unpack_blocks
 from .decoding import decode_blocks, regroup
@@ -214,7 +214,7 @@ class GgufFormat(Format):
             choice, found = self._choice(self.forced), fit(layer, self.forced)
         kind = BLOCK_TYPES[choice.type]
         times = layer.scheme.width(layer.in_features) // kind.block
-        scales = torch.where(found.flip, -layer.scales, layer.scales)
+        scales = negated(layer.scales, found.flip)
         stored = _stored_scales(scales).repeat_interleave(times, dim=1)
         if isinstance(layer, PackedLinear) and found.exact and 2 <= layer.scheme.bits <= 4 and kind.bits <= 5:
             return {"blocks": stream_blocks(kind, layer, found.flip, stored)}, choice

@@ -65,14 +65,24 @@ def restream(words: Tensor, length: int, used: int, target: int) -> Tensor:
 
 def _restream_periods(source: Tensor, used: int, result: Tensor, target: int) -> None:
     """``restream`` of whole periods ``[periods, words, ...]``, with every bit from ``used`` upwards ignored."""
+    if used < _WORD_BITS:
+        source = source & (2**used - 1)
+    moved = torch.empty_like(result[:, 0])
     for j in range(result.shape[1]):
         for i in range(j * target // used, math.ceil((j + 1) * target / used)):
-            start, end = max(i * used, j * target), min((i + 1) * used, (j + 1) * target)
-            piece = _field(source[:, i], start - i * used, end - start)
-            if start == j * target:
-                result[:, j] = piece
+            distance = i * used - j * target  # upwards; what leaves the word on either side is lost
+            if distance >= 0:
+                torch.bitwise_left_shift(source[:, i], distance, out=moved)
             else:
-                result[:, j] |= piece << (start - j * target)
+                torch.bitwise_right_shift(source[:, i], -distance, out=moved)
+                if used == _WORD_BITS:
+                    moved.bitwise_and_(2 ** (used + distance) - 1)  # copies of the sign bit
+            if i * used <= j * target:
+                result[:, j] = moved
+            else:
+                result[:, j] |= moved
+    if target < _WORD_BITS:
+        result &= 2**target - 1
 
 
 def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor:
@@ -100,7 +110,7 @@ def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor
         result = words.clone(memory_format=torch.contiguous_format)
         flat = result.view(-1)
         for start in range(0, flat.numel(), _CHUNK):
-            _permute_index_bits_([flat[start : start + _CHUNK]], bits, order)
+            _permute_index_bits_(flat[start : start + _CHUNK], bits, order, [])
         return result
     targets: dict[int, int] = {}  # distance in bits, upwards -> mask of the fields that land there
     for field, position in enumerate(positions):
@@ -116,29 +126,38 @@ def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor
     return result
 
 
-def permute_blocks_(words: Sequence[Tensor], bits: int, order: Sequence[int]) -> list[Tensor]:
-    """Moves fields between the words of a block, in place: field ``i`` of the result is field ``j`` of the block.
+def permute_blocks_(words: Tensor, bits: int, order: Sequence[int], axis: int = 0) -> Tensor:
+    """Moves fields between the words of a block: field ``i`` of the result is field ``j`` of the block.
 
-    Fields are counted through the block, lowest first in each word; bit ``k`` of ``j`` is bit ``order.index(k)`` of
-    ``i``. A transposition of eight words of eight fields is ``(3, 4, 5, 0, 1, 2)``.
+    Fields are counted through the block, lowest first in each word; bit ``k`` of ``i`` is bit ``order[k]`` of ``j``. A
+    transposition of eight words of eight fields is ``(3, 4, 5, 0, 1, 2)``.
 
     Args:
-        words: a power of two of int32 tensors of one shape, the words of many blocks; they are overwritten.
+        words: int32, ``axis`` of it a block's words, a power of two; contents are overwritten.
         bits: bits a field; 1, 2, 4 or 8.
-        order: for each bit of a field's index in the result, lowest first, which bit it was.
+        order: for each bit of a field's index in the result, lowest first, which bit of it in the block.
+        axis: where a block's words are.
 
     Returns:
-        the words of the result: the tensors given, perhaps in another order.
+        int32 of the shape of words; their memory, where it need not be reordered.
 
     Raises:
         ValueError: words are not int32, or order is no permutation of the index bits.
     """
-    count = int(math.log2(32 // bits)) + int(math.log2(len(words)))
-    if sorted(order) != list(range(count)) or 2**count != len(words) * (32 // bits):
-        raise ValueError(f"order is {list(order)}; {len(words)} words of {bits}-bit fields take each of 0..{count - 1}")
-    if any(word.dtype != torch.int32 for word in words):
-        raise ValueError("permute_blocks_ takes int32 words")
-    return _permute_index_bits_(list(words), bits, order)
+    count = words.shape[axis]
+    bits_outside, bits_inside = (count - 1).bit_length(), (32 // bits - 1).bit_length()
+    if sorted(order) != list(range(bits_inside + bits_outside)) or 2**bits_outside != count:
+        raise ValueError(f"order is {list(order)}; it does not fit {count} words of {bits}-bit fields")
+    if words.dtype != torch.int32:
+        raise ValueError(f"words are {words.dtype}; permute_blocks_ takes int32")
+    if not bits_outside:
+        _permute_index_bits_(words, bits, order, [])
+        return words
+    split = words.unflatten(axis, [2] * bits_outside)  # an axis for each bit of a word's place
+    axes = [axis + bits_outside - 1 - k for k in range(bits_outside)]
+    moved = _permute_index_bits_(split, bits, order, axes)
+    last = [*range(axis), *reversed(moved), *range(axis + bits_outside, split.dim())]
+    return split.permute(last).flatten(axis, axis + bits_outside - 1)
 
 
 def widen_fields(words: Tensor, bits: int, count: int, target: int) -> Tensor:
@@ -210,41 +229,41 @@ def _index_bit_order(positions: Sequence[int]) -> list[int] | None:
     return [powers.index(2**k) for k in range(count)]
 
 
-def _permute_index_bits_(words: list[Tensor], bits: int, order: Sequence[int]) -> list[Tensor]:
-    """See ``permute_blocks_``. Exchanges two index bits at a time, each by one exchange of masked fields."""
-    inside = int(math.log2(32 // bits))
-    now = list(range(len(order)))  # which bit of the original index stands where
-    moved, kept = torch.empty_like(words[0]), torch.empty_like(words[0])
+def _permute_index_bits_(words: Tensor, bits: int, order: Sequence[int], axes: Sequence[int]) -> list[int]:
+    """See ``permute_blocks_``. Two index bits are exchanged at a time, which moves half of the fields past the others.
+
+    Args:
+        words: int32, overwritten.
+        bits: bits a field.
+        order: as there.
+        axes: axes of length 2 that are the bits of a word's place, lowest first.
+
+    Returns:
+        the same for the result.
+    """
+    inside = (32 // bits - 1).bit_length()
+    now, axes = list(range(len(order))), list(axes)  # which bit of the index in the block stands where
     for low in range(len(order)):
         high = now.index(order[low])
         if high == low:
             continue
         now[low], now[high] = now[high], now[low]
+        fields = range(2**inside)
         if high < inside:
-            mask = _mask(bits, [field for field in range(2**inside) if field >> low & 1 and not field >> high & 1])
+            mask = _mask(bits, [field for field in fields if field >> low & 1 and not field >> high & 1])
             distance = bits * (2**high - 2**low)
-            for word in words:
-                torch.bitwise_right_shift(word, distance, out=moved)
-                moved.bitwise_xor_(word).bitwise_and_(_signed(mask))
-                word.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(distance))
+            moved = (words >> distance).bitwise_xor_(words).bitwise_and_(_signed(mask))
+            words.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(distance))
         elif low < inside:
-            mask = _mask(bits, [field for field in range(2**inside) if not field >> low & 1])
-            distance = bits * 2**low
-            for i, first in enumerate(words):
-                if i >> high - inside & 1:
-                    continue
-                second = words[i | 1 << high - inside]
-                torch.bitwise_right_shift(first, distance, out=moved)
-                moved.bitwise_xor_(second).bitwise_and_(_signed(mask))
-                second.bitwise_xor_(moved)
-                first.bitwise_xor_(torch.bitwise_left_shift(moved, distance, out=kept))
+            mask, distance = _mask(bits, [field for field in fields if not field >> low & 1]), bits * 2**low
+            first, second = words.select(axes[high - inside], 0), words.select(axes[high - inside], 1)
+            moved = (first >> distance).bitwise_xor_(second).bitwise_and_(_signed(mask))
+            second.bitwise_xor_(moved)
+            first.bitwise_xor_(moved.bitwise_left_shift_(distance))
         else:
-            lower, upper = 1 << low - inside, 1 << high - inside
-            for i in range(len(words)):
-                if i & lower and not i & upper:
-                    j = i ^ lower ^ upper
-                    words[i], words[j] = words[j], words[i]
-    return words
+            one, other = low - inside, high - inside
+            axes[one], axes[other] = axes[other], axes[one]
+    return axes
 
 
 def _mask(bits: int, fields: Iterable[int]) -> int:

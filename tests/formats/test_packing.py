@@ -139,9 +139,12 @@ def test_fields_move_within_a_block_as_the_bits_of_their_index_do(bits, extra, d
     count = (32 // bits).bit_length() - 1 + extra
     order = data.draw(st.permutations(range(count)))
     words = torch.tensor(data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=2**extra, max_size=2**extra)))
-    words = words.to(torch.int32)[:, None]
+    words = words.to(torch.int32)
     before = fields_of(numbers(words), bits)
-    after = fields_of([numbers(word)[0] for word in permute_blocks_(list(words.unbind()), bits, order)], bits)
+    found = permute_blocks_(words[:, None].repeat(1, 3), bits, order)
+    again = permute_blocks_(words[None, :, None].repeat(2, 1, 3), bits, order, axis=1)
+    assert torch.equal(again, found.expand(2, -1, -1))
+    after = fields_of(numbers(found[:, 2]), bits)
     expected = [before[sum((i >> k & 1) << order[k] for k in range(count))] for i in range(2**count)]
     assert after == expected
 
@@ -177,9 +180,9 @@ def test_adding_to_fields_tells_which_overflow() -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: permute_blocks_([torch.zeros(1, dtype=torch.int32)] * 2, 4, (0, 1, 2)), "take each of 0..3"),
-        (lambda: permute_blocks_([torch.zeros(1, dtype=torch.int32)] * 3, 4, (0, 1, 2, 3)), "3 words"),
-        (lambda: permute_blocks_([torch.zeros(1)], 4, (0, 1, 2)), "takes int32"),
+        (lambda: permute_blocks_(torch.zeros(2, 1, dtype=torch.int32), 4, (0, 1, 2)), "does not fit 2 words"),
+        (lambda: permute_blocks_(torch.zeros(3, 1, dtype=torch.int32), 4, (0, 1, 2, 3, 4)), "does not fit 3 words"),
+        (lambda: permute_blocks_(torch.zeros(1), 4, (0, 1, 2)), "takes int32"),
         (lambda: widen_fields(torch.zeros(5, dtype=torch.int32), 5, 32, 8), "do not become 8 bits wide"),
         (lambda: widen_fields(torch.zeros(1, dtype=torch.int32), 3, 10, 4), "do not become 4 bits wide"),
         (lambda: widen_fields(torch.zeros(2, dtype=torch.int32), 4, 8, 8), "take 1 int32"),
