@@ -19,6 +19,7 @@ from eqat_export.format_table import format_rows
 from eqat_export.inspect import inspect_checkpoint
 from eqat_export.lint import get_engine
 from eqat_export.lint.judge import Verdict, judge
+from eqat_export.memory import keep_freed_memory
 from eqat_export.runtime_check import RuntimeResult, check_runtime
 from eqat_export.runtimes import get_runtime
 from eqat_export.verify import verify_checkpoint
@@ -55,6 +56,7 @@ def export_command(
     if out is not None and suffix and out.suffix != suffix:
         raise InputError(f"--out is {out}; {to} is one file, named *{suffix}")
     out = out if out is not None else _beside(checkpoint, to)
+    keep_freed_memory()
     with ExitStack() as stack:
 
         def start(total: int) -> Callable[[str], None]:

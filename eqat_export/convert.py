@@ -1,7 +1,8 @@
-"""Conversion of a quantized checkpoint to another format, one layer at a time.
+"""Conversion of a quantized checkpoint to another format, layer by layer.
 
-Every layer goes source bytes -> canonical layer -> target bytes, so nothing is ever re-quantized, and peak memory is
-that of the largest layer whatever the model's size. Codes stay packed where both sides store the same bit stream. All
+Every layer goes source bytes -> canonical layer -> target bytes, so nothing is ever re-quantized. As many layers as
+torch may use threads are encoded at a time, and written in their order; peak memory is bounded by a budget, or the
+largest layer, whatever the model's size. Codes stay packed where both sides store the same bit stream. All
 layers are checked against the target from metadata alone before anything is written. Tensors that belong to no
 quantized layer keep their bytes and dtype unless the format says otherwise (``dense`` is one dtype throughout).
 """
@@ -10,81 +11,25 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from eqat_export.tensors import dtype_name
+from eqat_export.encoding import EncodedPart, encode_part, layer_memory, passed_through
+from eqat_export.rounding import Rounding
+from eqat_export.workers import Job, in_order
 from formats import available_formats, get_format
-from formats.affine import dequantize
-from formats.base import Exactness, Format, PackedFormat
+from formats.base import Exactness, Format
 from formats.container import Choice, ModelWriter
-from formats.dense import DenseFormat
-from formats.errors import CheckpointError, EqatError, InputError, UnsupportedSchemeError
+from formats.errors import EqatError, InputError, UnsupportedSchemeError
 from formats.model import Checkpoint, open_checkpoint
-from formats.model_writer import create_model, encode_layer, write_layer
-from formats.packed import PackedLinear
-from formats.types import QuantizedLinear, QuantScheme
+from formats.model_writer import create_model
+from formats.types import QuantScheme
 
-__all__ = ["Conversion", "Rounding", "convert"]
-
-
-@dataclass
-class Rounding:
-    """What rounding did to the weights of the layers, or values of the tensors, that could not be held exactly.
-
-    Attributes:
-        tensors: how many were rounded.
-        error: largest absolute difference.
-        relative: largest ``|difference| / |value|`` over non-zero values.
-        bound: the format's bound where ``error`` was found.
-        where: name of the layer or tensor it was found in.
-    """
-
-    tensors: int = 0
-    error: float = 0.0
-    relative: float = 0.0
-    bound: float = 0.0
-    where: str = ""
-
-    def add(self, name: str, exact: Tensor, stored: Tensor, bound: Tensor) -> None:
-        """Takes the differences of one tensor, or of some rows of it, into account.
-
-        Raises:
-            CheckpointError: a stored value is further off than its bound, or not finite.
-        """
-        difference = (stored.float() - exact).abs_()
-        within = difference <= bound  # false for NaN
-        if not bool(within.all()):
-            value = float(exact[~within].flatten()[0])
-            raise CheckpointError(
-                f"{name}: the value {value:.6g} cannot be stored as {dtype_name(stored.dtype)}; try another --dtype"
-            )
-        share = (difference / exact).abs_().nan_to_num_(0.0, posinf=0.0)  # over non-zero values
-        self.relative = max(self.relative, float(share.max()))
-        worst = int(difference.argmax())
-        if float(difference.flatten()[worst]) >= self.error:
-            self.error = float(difference.flatten()[worst])
-            self.bound = float(bound.expand_as(difference).flatten()[worst])
-            self.where = name
-
-    def add_groups(self, name: str, error: Tensor, scales: Tensor) -> None:
-        """Takes groups into account whose weights are all off by the same.
-
-        Args:
-            name: their layer.
-            error: float64 ``[out, groups]``.
-            scales: ``[out, groups]``; no weight but zero is smaller.
-        """
-        worst = float(error.max())
-        if worst > self.error:
-            self.error, self.bound, self.where = worst, worst, name
-        share = (error / scales.double().abs()).nan_to_num_(0.0, posinf=0.0)
-        self.relative = max(self.relative, float(share.max()))
+__all__ = ["Conversion", "convert"]
 
 
 @dataclass
@@ -116,6 +61,18 @@ class Conversion:
     layer_bytes: int = 0
     total_bytes: int = 0
     choices: tuple[Choice, ...] = ()
+
+    def add(self, part: EncodedPart) -> None:
+        """Takes a part that was written into account."""
+        self.rounded.merge(part.rounded)
+        self.read.merge(part.read)
+        self.casts.merge(part.casts)
+        self.total_bytes += part.nbytes
+        if part.exactness is not None:
+            self.exactness[part.exactness] += 1
+        if part.in_format:
+            self.weights += part.weights
+            self.layer_bytes += part.nbytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -181,13 +138,13 @@ def convert(
         except UnsupportedSchemeError as error:
             raise _with_ways_out(error, checkpoint, out) from error
         result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
-        with writer:
+        with writer, closing(in_order(_jobs(checkpoint, form))) as parts:
             step = start(len(checkpoint.layer_names))
-            for name in checkpoint.layer_names:
-                _write_layer(writer, checkpoint, form, name, result)
-                step(name)
-            for name in checkpoint.passthrough_names:
-                _write_tensor(writer, checkpoint, name, form.passthrough_dtype(), result)
+            for part in parts:
+                write_part(writer, part)
+                result.add(part)
+                if part.exactness is not None:
+                    step(part.name)
             writer.finish()
         result.choices = writer.choices()
     return result
@@ -232,107 +189,21 @@ def _holds_all(checkpoint: Checkpoint, form: Format, out: Path) -> bool:
     return True
 
 
-def _write_layer(writer: ModelWriter, checkpoint: Checkpoint, form: Format, name: str, result: Conversion) -> None:
-    layer = _as_configured(checkpoint, name)
-    if checkpoint.format is not None and checkpoint.format.rounds_zeros:
-        _measure_reading(checkpoint, checkpoint.format, name, layer, result.read)
-    if form.holds_module(name):
-        stored = write_layer(writer, form, name, layer)
-        result.weights += layer.out_features * layer.in_features
-        result.layer_bytes += sum(tensor.nbytes for tensor in stored.values())
-    else:  # ordinary weights, in the dtype of the scales
-        form = DenseFormat(layer.scales.dtype)
-        stored = encode_layer(form, name, layer)
-        for local, tensor in stored.items():
-            writer.add(f"{name}.{local}", tensor)
-    if layer.bias is not None and "bias" in stored:
-        _measure_cast(f"{name}.bias", layer.bias, stored["bias"], result.casts)
-    result.exactness[_measure(form, name, layer, stored, result.rounded)] += 1
-    result.total_bytes += sum(tensor.nbytes for tensor in stored.values())
+def _jobs(checkpoint: Checkpoint, form: Format) -> Iterator[Job[EncodedPart]]:
+    """Every layer, then every other tensor, in file order."""
+    for name in checkpoint.layer_names:
+        yield Job(partial(encode_part, checkpoint, form, name), layer_memory(checkpoint, form, name))
+    for name in checkpoint.passthrough_names:
+        yield Job(partial(passed_through, checkpoint, form, name), 2 * checkpoint.reader.tensors[name].nbytes)
 
 
-def _measure_reading(
-    checkpoint: Checkpoint, source: Format, name: str, layer: QuantizedLinear | PackedLinear, rounding: Rounding
-) -> None:
-    """Adds how far a layer's decoded weight is from the one that its own readers compute with."""
-    tensors, differs = checkpoint.layer_tensors(name), False
-    error = source.zero_error(tensors, layer)
-    if error is not None:
-        if bool((error > 0).any()):
-            rounding.add_groups(name, error, layer.scales)
-            rounding.tensors += 1
+def write_part(writer: ModelWriter, part: EncodedPart) -> None:
+    """Hands a part's tensors to the writer."""
+    if part.in_format:
+        writer.add_layer(part.name, part.tensors)
         return
-    plain = layer.unpack()
-    for rows, part in plain.row_blocks():
-        exact, decoded = source.stored_weight(tensors, plain, rows), dequantize(part)
-        if not torch.equal(exact, decoded):
-            rounding.add(name, exact, decoded, (decoded - exact).abs())  # decoding has set the limit already
-            differs = True
-    rounding.tensors += differs
-
-
-def _as_configured(checkpoint: Checkpoint, name: str) -> QuantizedLinear | PackedLinear:
-    """A layer that is symmetric exactly when the configuration, which is carried over, says so.
-
-    Raises:
-        CheckpointError: it says so, and zero-points differ.
-    """
-    layer, scheme = checkpoint.packed_layer(name), checkpoint.layer_scheme(name)
-    if scheme.sym and not layer.scheme.sym:
-        low, high = (int(bound) for bound in layer.zeros.aminmax())
-        raise CheckpointError(
-            f"layer {name} of {checkpoint.reader.folder}: the configuration says sym, and zero-points span "
-            f"{low}..{high}; one of the two is wrong: eqat verify {checkpoint.reader.folder}"
-        )
-    return layer if layer.scheme.sym == scheme.sym else replace(layer, scheme=replace(layer.scheme, sym=scheme.sym))
-
-
-def _measure(
-    form: Format, name: str, layer: QuantizedLinear | PackedLinear, stored: Mapping[str, Tensor], rounding: Rounding
-) -> Exactness:
-    """How exactly a layer was held; what was rounded is added to ``rounding``. A few rows at a time."""
-    if isinstance(layer, PackedLinear) and (isinstance(form, PackedFormat) or form.takes_packed):
-        kind = form.exactness(layer)  # from scales and zeros alone
-        if kind is not Exactness.ROUNDED:
-            return kind
-        if isinstance(form, PackedFormat) and form.rounds_zeros:
-            packed = form.decode_packed(stored, layer.scheme)
-            error = form.zero_error(stored, packed)
-            if error is not None and torch.equal(packed.scales.double().abs(), layer.scales.double().abs()):
-                rounding.add_groups(name, error, packed.scales)
-                rounding.tensors += 1
-                return kind
-    plain = layer.unpack()
-    kind = max((form.exactness(part) for _, part in plain.row_blocks()), key=list(Exactness).index)
-    if kind is Exactness.ROUNDED:
-        held = form.decode(stored, layer.scheme) if form.readable else None
-        for rows, part in plain.row_blocks():
-            found = stored[form.marker][rows] if held is None else form.stored_weight(stored, held, rows)
-            rounding.add(name, dequantize(part), found, form.bound(part))
-        rounding.tensors += 1
-    return kind
-
-
-def _write_tensor(
-    writer: ModelWriter, checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, result: Conversion
-) -> None:
-    tensor = checkpoint.get(name)
-    if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
-        cast = tensor.to(dtype)
-        _measure_cast(name, tensor, cast, result.casts)
-        tensor = cast
-    writer.add(name, tensor)
-    result.total_bytes += tensor.nbytes
-
-
-def _measure_cast(name: str, tensor: Tensor, cast: Tensor, casts: Rounding) -> None:
-    if torch.equal(cast.to(tensor.dtype), tensor):
-        return
-    limits = torch.finfo(cast.dtype)
-    exact = tensor.float()
-    # half a unit in the last place, and half the smallest subnormal number
-    casts.add(name, exact, cast, exact.abs() * (limits.eps / 2) + limits.smallest_normal * limits.eps / 2)
-    casts.tensors += 1
+    for name, tensor in part.tensors.items():
+        writer.add(name, tensor)
 
 
 def _check_output(source: Path, out: Path) -> None:

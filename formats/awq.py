@@ -16,7 +16,8 @@ from torch import Tensor
 from .base import NO_OVERRIDES
 from .errors import CheckpointError, InvalidLayerError, UnsupportedSchemeError
 from .fp16_scales import Fp16ScalesFormat
-from .packing import pack_bits, unpack_bits
+from .packed import PackedLinear
+from .packing import pack_bits, permute_blocks_, unpack_bits
 from .qweight import config_integer
 from .types import SCALE_DTYPES, QuantizedLinear, QuantScheme
 
@@ -26,6 +27,9 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _BITS = 4
 _GROUPS = (16, 32, 64, 128)
 _PER_WORD = 8
+# Index bits of eight words of eight fields, so that field i is word ORDER[i] and word j is field j.
+_TRANSPOSED = (4, 5, 3, 0, 1, 2)
+_CACHED_WORDS = 2**16
 
 
 class AwqFormat(Fp16ScalesFormat):
@@ -35,6 +39,7 @@ class AwqFormat(Fp16ScalesFormat):
     title: ClassVar[str] = "AWQ (GEMM layout), 4-bit only"
     marker: ClassVar[str] = "qweight"
     local_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "bias")
+    takes_packed: ClassVar[bool] = True
 
     def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
         """4 bits, consecutive groups that divide in_features, and out_features in eights."""
@@ -57,15 +62,16 @@ class AwqFormat(Fp16ScalesFormat):
                 instead=("gptq_v2",),
             )
 
-    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+    def encode(self, layer: QuantizedLinear | PackedLinear) -> dict[str, Tensor]:
         """qweight, qzeros, scales and, if there is one, bias.
 
         Raises:
             UnsupportedSchemeError: what ``check`` refuses, or scales that fp16 cannot hold.
         """
         self.check(layer.scheme, layer.out_features, layer.in_features)
+        packed = PackedLinear.pack(layer) if isinstance(layer, QuantizedLinear) else layer
         tensors = {
-            "qweight": pack_bits(_interleaved(layer.codes), _BITS, axis=0).T.contiguous(),
+            "qweight": _across(packed.words)[: layer.in_features],
             "qzeros": pack_bits(_interleaved(layer.zeros.to(torch.uint8)), _BITS, axis=0).T.contiguous(),
             "scales": self.stored_scales(layer.scales).T.contiguous(),
         }
@@ -146,6 +152,22 @@ class AwqFormat(Fp16ScalesFormat):
         """quant_method awq."""
         method = str(config.get("quant_method", config.get("method"))).lower()
         return method == "awq" and any(name.endswith(".qweight") for name in names)
+
+
+def _across(words: Tensor) -> Tensor:
+    """int32 ``[in, out / 8]``, interleaved along out_features, from ``[in / 8, out]`` along in_features.
+
+    Eight words of eight outputs become eight words of eight inputs: a transposition of eights, some rows at a time.
+    """
+    rows, columns = words.shape
+    across = words.new_empty(rows, _PER_WORD, columns // _PER_WORD)
+    step = max(1, _CACHED_WORDS // columns)
+    for start in range(0, rows, step):
+        part = words[start : start + step]
+        outputs = part.reshape(-1, _PER_WORD).T.contiguous()  # [8, rows * out / 8]
+        inputs = permute_blocks_(outputs, _BITS, _TRANSPOSED)
+        across[start : start + step] = inputs.view(_PER_WORD, len(part), -1).transpose(0, 1)
+    return across.flatten(0, 1)
 
 
 def _interleaved(values: Tensor) -> Tensor:

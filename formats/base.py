@@ -2,7 +2,7 @@
 
 A format maps one canonical layer to local tensor names and back. It owns the layout of those tensors, the
 configuration its readers expect, and the statement of what it can hold. It never touches files: that is a container's
-work (``container.py``), and shifting bits is ``packing.py``'s.
+work (``container.py``), and shifting bits is ``packing``'s.
 
 A subclass writes ``check``, ``encode``, ``decode``, ``features``, ``quantization_config`` and ``parse_config``; the
 rest has defaults. ``encode`` refuses whatever ``check`` refuses. A layout that stores the usual bit stream is a
@@ -35,7 +35,7 @@ from .errors import CheckpointError
 from .packed import PackedLinear
 from .types import GroupedLayer, QuantizedLinear, QuantScheme
 
-__all__ = ["NO_OVERRIDES", "Exactness", "Format", "FormatOption", "PackedFormat"]
+__all__ = ["NO_OVERRIDES", "EncodedLayer", "Exactness", "Format", "FormatOption", "PackedFormat"]
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 NO_OVERRIDES: Mapping[str, QuantScheme] = MappingProxyType({})
@@ -64,6 +64,18 @@ class FormatOption:
     choices: tuple[str, ...]
     default: str | None
     help: str
+
+
+class EncodedLayer(dict[str, Tensor]):
+    """A layer's tensors by local name, with what encoding found out about the layer on its way.
+
+    Attributes:
+        exactness: how faithfully it is held; None where nothing was found out, and ``Format.exactness`` tells.
+        group_error: ``[out, groups]``, by how much all weights of a group are off alike; None where they are not.
+    """
+
+    exactness: Exactness | None = None
+    group_error: Tensor | None = None
 
 
 class Format(ABC):

@@ -1,19 +1,15 @@
 """Writing a checkpoint folder: streamed tensor by tensor, published at once or not at all.
 
-Everything goes to a hidden sibling of the output, which is renamed over on a clean exit and removed on any exception.
+Everything goes to a hidden sibling of the output (``atomic_output.py``).
 A shard's header is written last, into room reserved at its start; small shards are then rewritten without the slack.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
-import secrets
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -21,15 +17,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .atomic_output import AtomicOutput, writing
 from .checkpoint_reader import INDEX_NAME, QUANTIZATION_FILES, SINGLE_NAME
-from .errors import CheckpointError, InputError, OutputExistsError
+from .errors import CheckpointError, InputError
 from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES, build_header
+from .writeback import Writeback
 
-__all__ = ["TRAINING_FILES", "CheckpointWriter", "sync", "writing"]
+__all__ = ["TRAINING_FILES", "CheckpointWriter"]
 
 HEADER_BYTES = 256 * 1024  # room for about 2000 tensors a shard
 MAX_SLACK = 0.01  # share of a shard that reserved header space may waste
-_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Files a loader may want: tokenizers, generation and processor settings, custom code, licences.
 _COMPANION_SUFFIXES = {".json", ".jinja", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt"}
@@ -61,12 +58,12 @@ class CheckpointWriter:
     def __init__(self, folder: Path | str, *, shard_size: int = 5 * 2**30, force: bool = False) -> None:
         if shard_size <= 0:
             raise InputError(f"shard_size is {shard_size}; it is a positive number of bytes")
-        self.folder = Path(os.path.abspath(folder))
+        self._output = AtomicOutput(
+            folder, force=force, replaceable=_is_checkpoint, unlike="is not a checkpoint folder"
+        )
+        self.folder = self._output.path
+        self.working_folder = self._output.working
         self._shard_size = shard_size
-        self._force = force
-        self._check_output()
-        self.working_folder = self.folder.parent / f".{self.folder.name}.partial-{secrets.token_hex(4)}"
-        self._new_parents: list[Path] = []
         self._shard: _Shard | None = None
         self._shards: list[tuple[Path, list[str]]] = []
         self._names: set[str] = set()
@@ -125,14 +122,8 @@ class CheckpointWriter:
                     _copy(path, target)
 
     def __enter__(self) -> CheckpointWriter:
-        self._new_parents = [parent for parent in self.folder.parents if not parent.exists()]
-        try:
-            with writing(self.folder):
-                self.working_folder.mkdir(parents=True)
-            return self
-        except BaseException:  # an interrupt that comes before the with block begins would leave the folder behind
-            self._remove()
-            raise
+        self._output.begin_folder()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -140,32 +131,12 @@ class CheckpointWriter:
         try:
             if kind is None:
                 with writing(self.folder):
-                    self._publish()
+                    self._name_shards()
+                self._output.publish()
         finally:
             if self._shard is not None:
                 self._shard.close()
-            self._remove()
-
-    def _remove(self) -> None:
-        shutil.rmtree(self.working_folder, ignore_errors=True)
-        if not self.folder.exists():
-            for parent in self._new_parents:
-                with contextlib.suppress(OSError):  # someone else may have put something there
-                    parent.rmdir()
-
-    def _check_output(self) -> None:
-        if not os.path.lexists(self.folder):
-            return
-        if not self._force:
-            raise OutputExistsError(f"output {self.folder} exists; choose another --out or give --force to replace it")
-        replaceable = self.folder.is_dir() and (
-            (self.folder / "config.json").exists() or not any(self.folder.iterdir())
-        )
-        if not replaceable:
-            raise OutputExistsError(
-                f"output {self.folder} exists and is not a checkpoint folder, and --force replaces only those; "
-                "choose another --out"
-            )
+            self._output.discard()
 
     def _finish_shard(self) -> None:
         if self._shard is None:
@@ -174,7 +145,7 @@ class CheckpointWriter:
         self._shards.append((self._shard.path, list(self._shard.entries)))
         self._shard = None
 
-    def _publish(self) -> None:
+    def _name_shards(self) -> None:
         self._finish_shard()
         count = len(self._shards)
         weight_map = {}
@@ -185,26 +156,6 @@ class CheckpointWriter:
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             self.write_json(INDEX_NAME, index)
-        for path in self.working_folder.iterdir():
-            if path.is_file():
-                sync(path)
-        sync(self.working_folder)
-        self._replace()
-        sync(self.folder.parent)
-
-    def _replace(self) -> None:
-        self._check_output()  # it may have appeared while this checkpoint was being written
-        if not os.path.lexists(self.folder):
-            self.working_folder.rename(self.folder)
-            return
-        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.replaced-", dir=self.folder.parent) as attic:
-            previous = Path(attic) / self.folder.name
-            self.folder.rename(previous)
-            try:
-                self.working_folder.rename(self.folder)
-            except BaseException:
-                previous.rename(self.folder)
-                raise
 
 
 class _Shard:
@@ -217,6 +168,7 @@ class _Shard:
         self._header_bytes = LENGTH_BYTES + len("{}") + 64  # the text so far; 64 covers __metadata__
         self._file: BinaryIO = path.open("wb")
         self._file.seek(HEADER_BYTES)
+        self._writeback = Writeback(self._file)
 
     def takes(self, name: str, data: Tensor, limit: int) -> bool:
         """Whether this tensor can follow: aligned to its dtype, within the size limit and the header's room."""
@@ -238,6 +190,7 @@ class _Shard:
         }
         self._bytes = end
         self._header_bytes += _entry_bytes(name, data)
+        self._writeback.reached(HEADER_BYTES + end)
 
     def finish(self) -> None:
         slack = HEADER_BYTES - self._header_bytes
@@ -274,17 +227,8 @@ def _is_companion(name: str) -> bool:
     return Path(name).suffix in _COMPANION_SUFFIXES or name.upper().startswith(_COMPANION_NAMES)
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into one line that names the output."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in _LIMITS:
-            raise CheckpointError(
-                f"no space left while writing {folder}; free some disk or choose another --out"
-            ) from exc
-        raise CheckpointError(f"cannot write {folder}: {exc.strerror or exc}; choose another --out") from exc
+def _is_checkpoint(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
 
 
 def _copy(source: Path | str, target: Path | str) -> None:
@@ -294,11 +238,3 @@ def _copy(source: Path | str, target: Path | str) -> None:
         raise CheckpointError(f"cannot read {source}: {exc.strerror}") from exc
     with reading, open(target, "wb") as writing:
         shutil.copyfileobj(reading, writing)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .affine import dequantize
-from .base import NO_OVERRIDES, Exactness, Format, FormatOption
+from .base import NO_OVERRIDES, EncodedLayer, Exactness, Format, FormatOption
 from .errors import CheckpointError, InputError, UnsupportedSchemeError
 from .packed import PackedLinear
 from .types import QuantizedLinear, QuantScheme
 
 __all__ = ["DenseFormat"]
 
+_CACHED_WEIGHTS = 2**17
 _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -48,19 +49,28 @@ class DenseFormat(Format):
     def check(self, scheme: QuantScheme, out_features: int, in_features: int) -> None:
         """Every scheme and shape is held."""
 
-    def encode(self, layer: QuantizedLinear) -> dict[str, Tensor]:
+    def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedLayer:
         """weight ``[out, in]`` and bias.
 
         Raises:
             UnsupportedSchemeError: a weight is beyond the dtype's largest number.
         """
-        weight = torch.empty(layer.codes.shape, dtype=self.dtype)
-        for rows, part in layer.row_blocks():
-            weight[rows] = dequantize(part)
-            if not torch.isfinite(weight[rows]).all():
+        plain = layer.unpack()
+        weight, exact = torch.empty(plain.codes.shape, dtype=self.dtype), True
+        largest = (plain.scales.float().abs() * torch.maximum(plain.zeros, plain.scheme.maxq - plain.zeros)).max()
+        within = float(largest) < torch.finfo(self.dtype).max
+        for rows, part in plain.row_blocks(_CACHED_WEIGHTS):
+            found = dequantize(part)
+            stored = weight[rows].copy_(found)
+            if not within and not torch.isfinite(stored).all():
                 name = str(self.dtype).removeprefix("torch.")
                 raise UnsupportedSchemeError(f"a dequantized weight overflows {name}; use bfloat16 or float32")
-        return {"weight": weight} | ({} if layer.bias is None else {"bias": layer.bias.to(self.dtype)})
+            exact = exact and torch.equal(stored.float(), found)
+        encoded = EncodedLayer(weight=weight)
+        if layer.bias is not None:
+            encoded["bias"] = layer.bias.to(self.dtype)
+        encoded.exactness = Exactness.EXACT_WEIGHTS if exact else Exactness.ROUNDED
+        return encoded
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
         """Never possible."""

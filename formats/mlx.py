@@ -7,6 +7,7 @@ where that comes out nearer. Which z are exact, layout, readers and sources: ``m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .affine import dequantize, expand_groups
-from .base import NO_OVERRIDES, Exactness, FormatOption, PackedFormat
+from .base import NO_OVERRIDES, EncodedLayer, Exactness, FormatOption, PackedFormat
 from .errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from .packed import PackedLinear
 from .qweight import config_integer
-from .types import SCALE_DTYPES, GroupedLayer, QuantizedLinear, QuantScheme, by_group
+from .rounding import holds_scales
+from .types import SCALE_DTYPES, GroupedLayer, QuantizedLinear, QuantScheme, all_equal, by_group, negated
 
 __all__ = ["MlxFormat"]
 
@@ -76,19 +78,24 @@ class MlxFormat(PackedFormat):
                 instead=("gptq_v2",),
             )
 
-    def encode_packed(self, layer: PackedLinear) -> dict[str, Tensor]:
+    def encode_packed(self, layer: PackedLinear) -> EncodedLayer:
         """weight uint32 ``[out, words]``, scales and biases ``[out, groups]``, and bias if there is one.
 
         Raises:
             UnsupportedSchemeError: a scale, or both of a group's biases, beyond the stored dtype's largest number.
         """
         stored = self._parameters(layer)
-        words = (layer.complement(stored.mirrored) if bool(stored.mirrored.any()) else layer).words
-        tensors = {
-            "weight": words.T.contiguous().view(torch.uint32),
-            "scales": torch.where(stored.mirrored, -stored.scales, stored.scales).contiguous(),
-            "biases": stored.biases,
-        }
+        words, scales = layer.words, stored.scales
+        if stored.mirrored is not None:
+            words, scales = layer.complement(stored.mirrored).words, negated(scales, stored.mirrored)
+        tensors = EncodedLayer(
+            weight=words.T.contiguous().view(torch.uint32),
+            scales=scales.contiguous(),
+            biases=stored.biases.contiguous(),
+        )
+        tensors.exactness = self._exactness(layer, stored)
+        if tensors.exactness is Exactness.ROUNDED and stored.error is not None and self._only_biases_rounded(layer):
+            tensors.group_error = stored.error
         if layer.bias is not None:
             bias = layer.bias.to(self.scale_dtype)  # another dtype would promote the layer's outputs
             tensors["bias"] = bias if torch.equal(bias.to(layer.bias.dtype), layer.bias) else layer.bias.contiguous()
@@ -104,7 +111,7 @@ class MlxFormat(PackedFormat):
         out_features, in_features = self.features(_shapes(tensors), scheme)
         _check_tensors(tensors, scheme, out_features, in_features)
         zeros = _zeros(tensors["scales"], tensors["biases"], scheme)
-        symmetric = bool((zeros == 2 ** (scheme.bits - 1)).all())
+        symmetric = all_equal(zeros, 2 ** (scheme.bits - 1))
         found = QuantScheme(scheme.bits, scheme.group_size, sym=symmetric)
         words = tensors["weight"].view(torch.int32).T
         try:
@@ -187,26 +194,21 @@ class MlxFormat(PackedFormat):
 
     def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """EXACT when every bias is exact as it is, EXACT_WEIGHTS when it takes complements, otherwise ROUNDED."""
-        stored = self._parameters(layer)
-        if bool((stored.error > 0).any()) or not torch.equal(stored.scales.to(layer.scales.dtype), layer.scales):
-            return Exactness.ROUNDED
-        if self.scale_dtype == torch.float32 and not _products_exact(layer):
-            return Exactness.ROUNDED
-        lost = (layer.scales == 0) & (layer.zeros != 0)  # 0 * z keeps nothing of z
-        return Exactness.EXACT_WEIGHTS if bool((stored.mirrored | lost).any()) else Exactness.EXACT
+        return self._exactness(layer, self._parameters(layer))
 
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """``|s' - s| * |q - z| + |b + s' * z|`` with stored s' and b, plus fp32's rounding of products and sum."""
         stored = self._parameters(layer)
         scales = layer.scales.double()
         off = (stored.scales.double() - scales).abs()
+        error = torch.zeros_like(scales) if stored.error is None else stored.error.double()
         limits = torch.finfo(torch.float32)
         # no |q * s|, |z * s| or |w| is larger than maxq * |s|
         slack = 3 * limits.eps / 2 * layer.scheme.maxq * scales.abs() + limits.smallest_normal
-        rounded = (off > 0) | (stored.error > 0)
+        rounded = (off > 0) | (error > 0)
         if self.scale_dtype == torch.float32:
             rounded |= ~_group_products_exact(layer)
-        limit = torch.where(rounded, stored.error + slack, 0.0).float()
+        limit = torch.where(rounded, error + slack, 0.0).float()
         bound = expand_groups(limit, layer.in_features, layer.scheme.group_size)  # [out, in]
         if bool((off > 0).any()):
             steps = dequantize(replace(layer, scales=torch.ones_like(layer.scales))).abs_()
@@ -215,17 +217,40 @@ class MlxFormat(PackedFormat):
 
     def _parameters(self, layer: GroupedLayer) -> _Stored:
         scales = layer.scales.to(self.scale_dtype)
-        if not torch.isfinite(scales).all():
+        low, high = scales.aminmax()
+        if not (math.isfinite(low) and math.isfinite(high)):
             self._refuse("scale", float(layer.scales.abs().max()))
-        exact, zeros = scales.double(), layer.zeros.double()
-        plain, mirrored = 0.0 - exact * zeros, exact * (layer.scheme.maxq - zeros)  # biases of a group, its complement
-        biases, others = plain.to(self.scale_dtype), mirrored.to(self.scale_dtype)
-        error, other_error = (biases.double() - plain).abs(), (others.double() - mirrored).abs()
+        # a product of a 16-bit number and an integer of 8 bits is exact in fp32
+        wide = torch.float64 if self.scale_dtype == torch.float32 else torch.float32
+        exact, zeros = scales.to(wide), layer.zeros.to(wide)
+        plain = torch.rsub(exact * zeros, 0.0)  # biases of the groups as they are; 0 - 0 has no sign
+        biases = plain.to(self.scale_dtype)
+        error = biases.to(wide).sub_(plain).abs_()
+        if not bool(error.any()):
+            return _Stored(None, scales, biases, None)
+        mirrored = exact * (layer.scheme.maxq - zeros)  # and of their complements
+        others = mirrored.to(self.scale_dtype)
+        other_error = others.to(wide).sub_(mirrored).abs_()
         where = other_error < error
         error = torch.where(where, other_error, error)
-        if not torch.isfinite(error).all():
-            self._refuse("bias", float(plain.abs().max()))
-        return _Stored(where, scales, torch.where(where, others, biases), error)
+        largest = float(error.max())
+        if not math.isfinite(largest):
+            self._refuse("bias", float(plain.double().abs().max()))
+        return _Stored(where, scales, torch.where(where, others, biases), error if largest else None)
+
+    def _exactness(self, layer: GroupedLayer, stored: _Stored) -> Exactness:
+        if stored.error is not None or not holds_scales(layer.scales, self.scale_dtype):
+            return Exactness.ROUNDED
+        if self.scale_dtype == torch.float32 and not _products_exact(layer):
+            return Exactness.ROUNDED
+        if stored.mirrored is not None:
+            return Exactness.EXACT_WEIGHTS
+        lost = bool((layer.scales == 0).any()) and bool(((layer.scales == 0) & (layer.zeros != 0)).any())
+        return Exactness.EXACT_WEIGHTS if lost else Exactness.EXACT  # 0 * z keeps nothing of z
+
+    def _only_biases_rounded(self, layer: GroupedLayer) -> bool:
+        """False where scales are rounded as well, or fp32 rounds their products with codes."""
+        return holds_scales(layer.scales, self.scale_dtype) and self.scale_dtype != torch.float32
 
     def _refuse(self, what: str, value: float) -> None:
         name = str(self.scale_dtype).removeprefix("torch.")
@@ -239,16 +264,16 @@ class _Stored:
     """How a layer's parameters are written, ``[out, groups]`` each.
 
     Attributes:
-        mirrored: groups that are written as their complement.
+        mirrored: groups that are written as their complement; None where none is.
         scales: in the stored dtype, before their sign is changed where mirrored.
         biases: in the stored dtype, signs changed already.
-        error: ``|bias - exact product|``, float64.
+        error: ``|bias - exact product|``; None where all are 0.
     """
 
-    mirrored: Tensor
+    mirrored: Tensor | None
     scales: Tensor
     biases: Tensor
-    error: Tensor
+    error: Tensor | None
 
 
 def _zeros(scales: Tensor, biases: Tensor, scheme: QuantScheme) -> Tensor:

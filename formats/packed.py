@@ -8,18 +8,20 @@ never unpacks a code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidLayerError
-from .packing import pack_bits, packed_length, unpack_bits
+from .packing import pack_bits, packed_length, unpack_bits, widen_fields
 from .types import GroupedLayer, QuantizedLinear, QuantScheme
 
 __all__ = ["PackedLinear"]
 
 _WORD_BITS = 32
+_CACHED_WORDS = 2**16  # of eight codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +67,29 @@ class PackedLinear(GroupedLayer):
 
     def unpack(self) -> QuantizedLinear:
         """The same layer with one byte a code."""
-        codes = unpack_bits(self.words.T, self.scheme.bits, self.in_features, axis=1)
+        if self.scheme.bits > 4 or self.in_features % 8:
+            codes = unpack_bits(self.words.T, self.scheme.bits, self.in_features, axis=1)
+        else:
+            codes = torch.empty(self.out_features, self.in_features, dtype=torch.uint8)
+            for rows, words in self.row_words():
+                bytes_ = widen_fields(words, self.scheme.bits, self.in_features, 8)
+                codes[rows].view(torch.int32).copy_(bytes_.T)
         return QuantizedLinear(codes, self.scales, self.zeros, self.scheme, self.bias, self.g_idx)
+
+    def rows(self, rows: slice) -> PackedLinear:
+        """The layer of some of the outputs, without its bias."""
+        return replace(self, words=self.words[:, rows], scales=self.scales[rows], zeros=self.zeros[rows], bias=None)
+
+    def row_words(self) -> Iterator[tuple[slice, Tensor]]:
+        """The words a few rows at a time, what stays in a core's cache through several operations.
+
+        Yields:
+            the rows, and a copy of their words ``[words, rows]``.
+        """
+        step = max(16, _CACHED_WORDS // self.in_features * 8 // 16 * 16)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(start + step, self.out_features))
+            yield rows, self.words[:, rows].clone(memory_format=torch.contiguous_format)
 
     def complement(self, where: Tensor) -> PackedLinear:
         """The same weights from ``(maxq - q, -s, maxq - z)`` in the chosen groups.
@@ -74,13 +97,14 @@ class PackedLinear(GroupedLayer):
         Args:
             where: bool ``[out_features, groups]``, True where a group is to be complemented.
         """
-        return replace(self, words=self.words ^ self._flips(where), **self.complemented_parameters(where))
+        return replace(self, words=self._flipped(where), **self.complemented_parameters(where))
 
-    def _flips(self, where: Tensor) -> Tensor:
-        """Words with every bit of a chosen group's codes set."""
+    def _flipped(self, where: Tensor) -> Tensor:
+        """The words with every bit of a chosen group's codes turned over."""
         bits, width = self.scheme.bits, self.scheme.width(self.in_features)
         if self.g_idx is None and self.in_features % width == 0 and width * bits % _WORD_BITS == 0:
             # whole words belong to one group
-            return (-where.T.to(torch.int32)).repeat_interleave(width * bits // _WORD_BITS, dim=0)
+            grouped = self.words.unflatten(0, (self.groups, -1))
+            return (grouped ^ -where.T.to(torch.int32)[:, None]).flatten(0, 1)
         flips = (where.to(torch.uint8) * self.scheme.maxq)[:, self.group_index()]
-        return pack_bits(flips, bits, axis=1).T
+        return self.words ^ pack_bits(flips, bits, axis=1).T

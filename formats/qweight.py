@@ -25,7 +25,7 @@ from .base import PackedFormat
 from .errors import CheckpointError, InvalidLayerError
 from .packed import PackedLinear
 from .packing import pack_bits, packed_length, restream, unpack_bits
-from .types import SCALE_DTYPES, QuantScheme
+from .types import SCALE_DTYPES, QuantScheme, all_equal
 
 __all__ = ["QweightFormat", "config_integer"]
 
@@ -91,7 +91,7 @@ class QweightFormat(PackedFormat):
         fields = unpack_bits(tensors["qzeros"], bits, out_features, axis=1, per_word=per_word)
         zeros = self.zeros_from_stored(fields, bits).T  # [out, groups] int32
         g_idx = _act_order(tensors.get("g_idx"), scheme, in_features)
-        symmetric = bool((zeros == 2 ** (bits - 1)).all())
+        symmetric = all_equal(zeros, 2 ** (bits - 1))
         found = QuantScheme(bits, scheme.group_size, sym=symmetric, desc_act=g_idx is not None)
         try:
             return PackedLinear(

@@ -15,7 +15,7 @@ __all__ = ["holds_scales", "scale_rounding_bound"]
 
 def holds_scales(scales: Tensor, dtype: torch.dtype) -> bool:
     """True when every scale is a number of ``dtype``."""
-    return scales.dtype == dtype or torch.equal(scales.to(dtype).to(scales.dtype), scales)
+    return torch.promote_types(scales.dtype, dtype) == dtype or torch.equal(scales.to(dtype).to(scales.dtype), scales)
 
 
 def scale_rounding_bound(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:

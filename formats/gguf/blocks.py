@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..packing import pack_bits, unpack_bits
+from ..packed import PackedLinear
+from ..packing import add_to_fields_, pack_bits, permute_blocks_, unpack_bits, widen_fields
 
 __all__ = [
     "BLOCK_TYPES",
@@ -99,6 +101,13 @@ BLOCK_TYPES = {
 }
 # Smallest first.
 WRITABLE = tuple(kind for kind in BLOCK_TYPES.values() if kind.offset is not None)
+_SIXTEEN = np.dtype("V16")
+_RECORDS = {  # of blocks that are made from words
+    "Q2_0": np.dtype([("d", "<f2"), ("codes", _SIXTEEN)]),
+    "Q4_0": np.dtype([("d", "<f2"), ("codes", _SIXTEEN)]),
+    "Q5_0": np.dtype([("d", "<f2"), ("high", "<u4"), ("codes", _SIXTEEN)]),
+}
+_HALVES = (4, 0, 1, 2, 3)  # index bits of a block's 32 nibbles: code j + 16 stands above code j
 _BY_UNIT = {kind.unit_bytes: kind for kind in BLOCK_TYPES.values()}
 
 
@@ -136,22 +145,56 @@ def pack_blocks(kind: BlockType, codes: Tensor, scales: Tensor) -> Tensor:
     return packed.view(rows, columns // UNIT, kind.unit_bytes)
 
 
-def stream_blocks(kind: BlockType, words: Tensor, flip: Tensor, scales: Tensor) -> Tensor:
-    """Blocks of Q2_0 from packed codes: theirs is the usual little-endian stream, cut into blocks.
+def stream_blocks(kind: BlockType, layer: PackedLinear, flip: Tensor, scales: Tensor) -> Tensor:
+    """Blocks made of packed codes, without unpacking them.
 
     Args:
-        kind: Q2_0.
-        words: int32 ``[in / 16, out]`` of 2-bit codes, as PackedLinear holds them.
-        flip: bool ``[out, in / 64]``, True where the block's codes are complemented.
-        scales: fp16 ``[out, in / 64]``.
+        kind: Q2_0, Q4_0 or Q5_0, of at least as many bits as the layer.
+        layer: 2, 3 or 4 bits, every ``q - z``, or ``z - q`` where flipped, within the type's range; its groups are
+            multiples of the type's block.
+        flip: bool ``[out, groups]``, True where a group is stored as its complement.
+        scales: fp16 ``[out, in / kind.block]``.
 
     Returns:
         As :func:`pack_blocks`.
     """
-    packed, body = _empty(kind, scales)
-    codes = words.T.contiguous().view(torch.uint8).view(body.shape)
-    torch.bitwise_xor(codes, (flip.to(torch.uint8) * 0xFF)[..., None], out=body)
-    return packed.view(packed.shape[0], -1, kind.unit_bytes)
+    packed = np.empty((layer.out_features, layer.in_features // kind.block), _RECORDS[kind.name])
+    packed["d"] = scales.numpy()
+    zeros = layer.complemented_zeros(flip).T  # [groups, out]
+    ones = -flip.T.to(torch.int32) if bool(flip.any()) else None
+    for rows, words in layer.row_words():
+        grouped = words.view(layer.groups, -1, words.shape[1])  # a group takes whole words
+        if ones is not None:
+            grouped.bitwise_xor_(ones[:, None, rows])
+        if kind.bits == 2:
+            codes = words
+        else:
+            codes, high = _nibbles(kind, words, layer, -kind.low - zeros[:, rows])
+            if high is not None:
+                packed["high"][rows] = high.numpy().view(np.uint32)
+        packed["codes"][rows] = codes.T.contiguous().numpy().view(_SIXTEEN)
+    return torch.from_numpy(packed.view(np.uint8)).view(layer.out_features, -1, kind.unit_bytes)
+
+
+def _nibbles(kind: BlockType, words: Tensor, layer: PackedLinear, addends: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Codes as they lie in blocks of Q4_0 and Q5_0.
+
+    Args:
+        kind: either of them.
+        words: int32 ``[words, rows]`` of the layer.
+        layer: its scheme and width.
+        addends: int32 ``[groups, rows]``, the type's code minus the layer's.
+
+    Returns:
+        low four bits, int32 ``[in / 8, rows]``, and for Q5_0 the fifth ones, uint8 ``[rows, in / 8]``.
+    """
+    if layer.scheme.bits < 4:
+        words = widen_fields(words, layer.scheme.bits, layer.in_features, 4)
+    rows = words.shape[1]
+    over = add_to_fields_(words.view(layer.groups, -1, rows), (addends & (2**kind.bits - 1))[:, None])  # modulo 16
+    high = over.view(-1, rows).to(torch.uint8).T.contiguous() if kind.bits == 5 else None
+    blocks = words.view(-1, UNIT // 8, rows)  # four words of eight codes
+    return permute_blocks_(blocks, 4, _HALVES, axis=1).view(-1, rows), high
 
 
 def unpack_blocks(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

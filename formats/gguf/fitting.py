@@ -7,7 +7,7 @@ happens where the type was forced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,16 +45,17 @@ class Fit:
 
     Attributes:
         flip: bool ``[out, groups]``, True where the group is complemented.
-        excess: int32 ``[out, groups]``, by how many steps the farthest integer lies outside the type's range.
+        excess: int32 ``[out, groups]``, by how many steps the farthest integer lies outside the type's range; None
+            where none does.
     """
 
     flip: Tensor
-    excess: Tensor
+    excess: Tensor | None
 
     @property
     def exact(self) -> bool:
         """Every integer lies within the range."""
-        return not bool(self.excess.any())
+        return self.excess is None
 
 
 def refusal(kind: BlockType, scheme: QuantScheme, in_features: int) -> str | None:
@@ -67,8 +68,8 @@ def refusal(kind: BlockType, scheme: QuantScheme, in_features: int) -> str | Non
     return None
 
 
-def choose(layer: QuantizedLinear) -> TypeChoice:
-    """The smallest type that holds every integer of a layer.
+def choose(layer: QuantizedLinear | PackedLinear) -> tuple[TypeChoice, Fit]:
+    """The smallest type that holds every integer of a layer, and how.
 
     Raises:
         UnsupportedSchemeError: none does.
@@ -76,8 +77,9 @@ def choose(layer: QuantizedLinear) -> TypeChoice:
     why = ""
     for kind in WRITABLE:
         problem = refusal(kind, layer.scheme, layer.in_features)
-        if problem is None and _holds(layer, kind):
-            return TypeChoice(kind.name, kind.bits_per_weight, why or within(kind))
+        found = _exact_fit(layer, kind) if problem is None else None
+        if found is not None:
+            return TypeChoice(kind.name, kind.bits_per_weight, why or within(kind)), found
         why = problem or f"q - z beyond {kind.name}'s {kind.low}..{kind.high}"
     raise UnsupportedSchemeError(
         f"{layer.scheme}: no block type holds its integers ({why}); force the nearest with --gguf-type Q8_0, or use "
@@ -93,22 +95,27 @@ def within(kind: BlockType) -> str:
 def fit(layer: QuantizedLinear | PackedLinear, kind: BlockType) -> Fit:
     """How ``kind`` holds a layer, from its zeros where they suffice and from its codes where not."""
     zeros, maxq = layer.zeros, layer.scheme.maxq
-    by_zeros = _fit(kind, -zeros, maxq - zeros)
+    low, high = (int(end) for end in zeros.aminmax())
+    values = torch.arange(low, high + 1, dtype=torch.int32)  # a zero-point alone tells what the codes may reach
+    by_zeros = _fit(kind, -values, maxq - values)
     if by_zeros.exact:
-        return by_zeros
+        flip = torch.zeros_like(zeros, dtype=torch.bool)
+        for value in values[by_zeros.flip].tolist():
+            flip |= zeros == value
+        return Fit(flip, None)
     width = layer.scheme.width(layer.in_features)
-    low, high = layer.unpack().codes.view(layer.out_features, layer.groups, width).aminmax(dim=2)
-    return _fit(kind, low.int() - zeros, high.int() - zeros)
+    least, most = layer.unpack().codes.view(layer.out_features, layer.groups, width).aminmax(dim=2)
+    return _fit(kind, least.int() - zeros, most.int() - zeros)
 
 
-def integers(layer: QuantizedLinear, kind: BlockType) -> tuple[Tensor, Tensor, Fit]:
-    """A layer's integers and scales in a type.
+def integers(layer: QuantizedLinear, kind: BlockType, found: Fit) -> Tensor:
+    """A layer's integers in a type: codes uint8 ``[out, in]``, each below ``2 ** kind.bits``.
 
-    Returns:
-        codes uint8 ``[out, in]``, each below ``2 ** kind.bits``; scales ``[out, groups]`` in the layer's dtype,
-        negated where complemented; and the fit.
+    Args:
+        layer: any.
+        kind: the type.
+        found: how it holds the layer.
     """
-    found = fit(layer, kind)
     flip, zeros = found.flip, layer.zeros
     width = layer.scheme.width(layer.in_features)
     codes = layer.codes.view(layer.out_features, layer.groups, width)
@@ -122,8 +129,7 @@ def integers(layer: QuantizedLinear, kind: BlockType) -> tuple[Tensor, Tensor, F
         )
     else:
         shifted = codes + _bytes(-zeros - kind.low)
-    scales = torch.where(flip, -layer.scales, layer.scales)
-    return shifted.view(layer.out_features, layer.in_features), scales, found
+    return shifted.view(layer.out_features, layer.in_features)
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -136,11 +142,13 @@ def _fit(kind: BlockType, low: Tensor, high: Tensor) -> Fit:
     plain = torch.maximum(kind.low - low, high - kind.high)
     flipped = torch.maximum(kind.low + high, -low - kind.high)
     flip = (plain > 0) & (flipped < plain)
-    return Fit(flip, torch.where(flip, flipped, plain).clamp_(min=0))
+    excess = torch.where(flip, flipped, plain).clamp_(min=0)
+    return Fit(flip, excess if bool(excess.any()) else None)
 
 
-def _holds(layer: QuantizedLinear, kind: BlockType) -> bool:
-    """Whether a type holds every integer; a few rows are looked at before all of them."""
-    rows = slice(0, _FIRST_ROWS)
-    first = replace(layer, codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows], bias=None)
-    return fit(first, kind).exact and (layer.out_features <= _FIRST_ROWS or fit(layer, kind).exact)
+def _exact_fit(layer: QuantizedLinear | PackedLinear, kind: BlockType) -> Fit | None:
+    """How a type holds every integer, None if it does not; a few rows are looked at before all of them."""
+    if not fit(layer.rows(slice(0, _FIRST_ROWS)), kind).exact:
+        return None
+    found = fit(layer, kind)
+    return found if found.exact else None

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..affine import dequantize, expand_groups
-from ..base import NO_OVERRIDES, Exactness, Format, FormatOption
+from ..base import NO_OVERRIDES, EncodedLayer, Exactness, Format, FormatOption
 from ..container import ModelReader, ModelWriter, SourceModel
 from ..errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from ..packed import PackedLinear
 from ..qweight import config_integer
-from ..types import QuantizedLinear, QuantScheme
+from ..rounding import holds_scales
+from ..types import QuantizedLinear, QuantScheme, negated
 from ..version import __version__
 from .blocks import BLOCK_TYPES, UNIT, WRITABLE, BlockType, block_type_of, pack_blocks, stream_blocks, unpack_blocks
 from .decoding import decode_blocks, regroup
@@ -24,12 +25,12 @@ from .fitting import TypeChoice, choose, fit, integers, refusal, within
 from .header import is_gguf
 from .pre_tokenizers import NAMES as PRE_TOKENIZERS
 
-__all__ = ["EncodedLayer", "GgufFormat"]
+__all__ = ["EncodedBlocks", "GgufFormat"]
 
 AUTO = "auto"
 
 
-class EncodedLayer(dict[str, Tensor]):
+class EncodedBlocks(EncodedLayer):
     """A layer's tensors, and why its blocks have their type."""
 
     def __init__(self, tensors: Mapping[str, Tensor], choice: TypeChoice) -> None:
@@ -98,13 +99,13 @@ class GgufFormat(Format):
         """The widest type holds any integer of fewer bits than its own, and its own if they are symmetric."""
         return self.forced is None and scheme.bits >= WRITABLE[-1].bits and not scheme.sym
 
-    def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedLayer:
+    def encode(self, layer: QuantizedLinear | PackedLinear) -> EncodedBlocks:
         """blocks ``[out, in / 32, bytes of 32 weights]`` and, if there is one, the bias in fp32."""
         self.check(layer.scheme, layer.out_features, layer.in_features)
-        tensors, choice = self._from_stream(layer) or self._from_codes(layer.unpack())
+        tensors, choice = self._encoded(layer)
         if layer.bias is not None:
             tensors["bias"] = _stored_bias(layer.bias)
-        return EncodedLayer(tensors, choice)
+        return EncodedBlocks(tensors, choice)
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
         """The layer in ``scheme``: its blocks as they are where that is their own, and otherwise the same weights with
@@ -133,7 +134,7 @@ class GgufFormat(Format):
 
     def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """EXACT_WEIGHTS when every scale is an fp16 number and no integer is clipped."""
-        if not torch.equal(layer.scales.half().to(layer.scales.dtype), layer.scales):
+        if not holds_scales(layer.scales, torch.float16):
             return Exactness.ROUNDED
         if self.forced is None and layer.scheme.bits < WRITABLE[-1].bits:
             return Exactness.EXACT_WEIGHTS  # the widest type holds whatever the zeros are
@@ -145,7 +146,8 @@ class GgufFormat(Format):
         ``clip`` is by how many steps the farthest integer of the group lies outside a forced type's range.
         """
         stored = layer.scales.double().half().double()
-        clip = fit(layer, self.forced or WRITABLE[-1]).excess.double()
+        excess = fit(layer, self.forced or WRITABLE[-1]).excess
+        clip = torch.zeros_like(stored) if excess is None else excess.double()
         width, columns = layer.scheme.group_size, layer.in_features
         clipping = expand_groups(stored.abs() * clip, columns, width)
         difference = expand_groups((stored - layer.scales.double()).abs(), columns, width)
@@ -205,26 +207,20 @@ class GgufFormat(Format):
 
         return GgufWriter(out, source, self, pre_tokenizer=self.pre_tokenizer, force=force)
 
-    def _from_stream(self, layer: QuantizedLinear | PackedLinear) -> tuple[dict[str, Tensor], TypeChoice] | None:
-        """Packed 2-bit codes whose zeros all fit Q2_0, which holds the same stream; None for any other layer."""
-        kind = BLOCK_TYPES["Q2_0"]
-        if not isinstance(layer, PackedLinear) or layer.scheme.bits != kind.bits or self.forced not in (None, kind):
-            return None
-        if refusal(kind, layer.scheme, layer.in_features) or not bool(((layer.zeros == 1) | (layer.zeros == 2)).all()):
-            return None
-        flip, times = layer.zeros == 2, layer.scheme.width(layer.in_features) // kind.block
-        scales = _stored_scales(torch.where(flip, -layer.scales, layer.scales)).repeat_interleave(times, dim=1)
-        blocks = stream_blocks(kind, layer.words, flip.repeat_interleave(times, dim=1), scales)
-        return {"blocks": blocks}, self._choice(kind)
-
-    def _from_codes(self, layer: QuantizedLinear) -> tuple[dict[str, Tensor], TypeChoice]:
-        choice = choose(layer) if self.forced is None else self._choice(self.forced)
+    def _encoded(self, layer: QuantizedLinear | PackedLinear) -> tuple[dict[str, Tensor], TypeChoice]:
+        if self.forced is None:
+            choice, found = choose(layer)
+        else:
+            choice, found = self._choice(self.forced), fit(layer, self.forced)
         kind = BLOCK_TYPES[choice.type]
-        codes, scales, found = integers(layer, kind)
+        times = layer.scheme.width(layer.in_features) // kind.block
+        scales = negated(layer.scales, found.flip)
+        stored = _stored_scales(scales).repeat_interleave(times, dim=1)
+        if isinstance(layer, PackedLinear) and found.exact and 2 <= layer.scheme.bits <= 4 and kind.bits <= 5:
+            return {"blocks": stream_blocks(kind, layer, found.flip, stored)}, choice
         if not found.exact:
             choice = replace(choice, exact=False, reason=f"forced; q - z clipped to {kind.low}..{kind.high}")
-        stored = _stored_scales(scales).repeat_interleave(layer.scheme.width(layer.in_features) // kind.block, dim=1)
-        return {"blocks": pack_blocks(kind, codes, stored)}, choice
+        return {"blocks": pack_blocks(kind, integers(layer.unpack(), kind, found), stored)}, choice
 
     def _choice(self, kind: BlockType) -> TypeChoice:
         return TypeChoice(kind.name, kind.bits_per_weight, "forced" if self.forced else within(kind))

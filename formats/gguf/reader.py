@@ -81,7 +81,7 @@ class GgufReader:
         else:
             data = self._dense(stored)
         order = permutation(self._family, self.config, name, data.shape[0])
-        return data if order is None else data[torch.argsort(order)]
+        return data if order is None else data.index_select(0, torch.argsort(order))
 
     def close(self) -> None:
         """Makes further reads an error; tensors already read stay valid."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -21,10 +19,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..atomic_output import AtomicOutput, writing
 from ..base import Format
-from ..checkpoint_writer import sync, writing
 from ..container import Choice, ModelWriter, SourceModel
-from ..errors import CheckpointError, OutputExistsError, UnsupportedSchemeError
+from ..errors import CheckpointError, UnsupportedSchemeError
+from ..writeback import Writeback
 from .blocks import BLOCK_TYPES, UNIT, block_type_of
 from .families import NameMap, family_of_config, permutation
 from .header import ALIGNMENT, HEAD_BYTES, ROPE_FREQS, SCHEME_KEY, TYPE_SIZES, is_gguf
@@ -71,9 +70,8 @@ class GgufWriter(ModelWriter):
     def __init__(
         self, out: Path | str, source: SourceModel, form: Format, *, pre_tokenizer: str | None = None, force: bool
     ) -> None:
-        self.path = Path(os.path.abspath(out))
-        self._force = force
-        self._check_output()
+        self._output = AtomicOutput(out, force=force, replaceable=_is_replaceable, unlike="is no GGUF file")
+        self.path = self._output.path
         self._config = source.reader.config
         self._family = family_of_config(self._config)
         self._names = NameMap(self._family, self._config["num_hidden_layers"])
@@ -82,9 +80,8 @@ class GgufWriter(ModelWriter):
         self._entries = self._plan(source)
         self._choices: list[Choice] = []
         self._metadata, self._count = self._metadata_bytes(source, form, pre_tokenizer)
-        self._working = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
-        self._new_parents: list[Path] = []
         self._file: BinaryIO | None = None
+        self._writeback: Writeback | None = None
         self._data_start = _padded(HEAD_BYTES + len(self._metadata) + len(self._table()))
         self._position = self._data_start
 
@@ -133,15 +130,9 @@ class GgufWriter(ModelWriter):
         return tuple(self._choices)
 
     def __enter__(self) -> GgufWriter:
-        self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
-        try:
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._working.open("wb")
-            return self
-        except BaseException:  # an interrupt that comes before the with block begins would leave the file behind
-            self._remove()
-            raise
+        self._file = self._output.begin_file()
+        self._writeback = Writeback(self._file)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -149,36 +140,13 @@ class GgufWriter(ModelWriter):
         try:
             if kind is None:
                 with writing(self.path):
-                    self._publish()
+                    self._opened().close()
+                self._output.publish()
         finally:
-            self._remove()
-
-    def _remove(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk fails again here
-                self._file.close()
-        self._working.unlink(missing_ok=True)
-        if not self.path.exists():
-            for parent in self._new_parents:
-                with contextlib.suppress(OSError):  # someone else may have put something there
-                    parent.rmdir()
-
-    def _check_output(self) -> None:
-        if not os.path.lexists(self.path):
-            return
-        if not self._force:
-            raise OutputExistsError(f"output {self.path} exists; choose another --out or give --force to replace it")
-        if not self.path.is_file() or not (is_gguf(self.path) or self.path.stat().st_size == 0):
-            raise OutputExistsError(
-                f"output {self.path} exists and is no GGUF file, and --force replaces only those; choose another --out"
-            )
-
-    def _publish(self) -> None:
-        self._check_output()  # it may have appeared while this file was being written
-        self._opened().close()
-        sync(self._working)
-        self._working.replace(self.path)
-        sync(self.path.parent)
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # a full disk fails again here
+                    self._file.close()
+            self._output.discard()
 
     def _plan(self, source: SourceModel) -> dict[str, _Entry]:
         """Every tensor of the file, by ggml's name, with its shape."""
@@ -246,7 +214,7 @@ class GgufWriter(ModelWriter):
 
     def _ordered(self, name: str, tensor: Tensor) -> Tensor:
         order = permutation(self._family, self._config, name, tensor.shape[0])
-        return tensor if order is None else tensor[order]
+        return tensor if order is None else tensor.index_select(0, order)
 
     def _write(self, name: str, tensor: Tensor, type_name: str, shape: tuple[int, ...]) -> None:
         self._write_entry(self._names.to_ggml(name), tensor, type_name, shape)
@@ -267,11 +235,17 @@ class GgufWriter(ModelWriter):
             end = self._position + flat.numel()
             self._position = _padded(end)
             file.write(bytes(self._position - end))
+            if self._writeback is not None:
+                self._writeback.reached(end)
 
     def _opened(self) -> BinaryIO:
         if self._file is None:
             raise CheckpointError(f"{self.path} is not open; write it inside the with block")
         return self._file
+
+
+def _is_replaceable(path: Path) -> bool:
+    return path.is_file() and (is_gguf(path) or path.stat().st_size == 0)
 
 
 def _padded(position: int) -> int:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
+from ..atomic_output import writing
 from ..checkpoint_reader import read_json
-from ..checkpoint_writer import CheckpointWriter, writing
+from ..checkpoint_writer import CheckpointWriter
 from ..container import ModelWriter, SourceModel
 from ..errors import CheckpointError
 from ..model_writer import write_model_config
 from ..safetensors_header import TensorInfo
+from ..writeback import Writeback
 from .decoder import read_decoder, rotary_caches
 from .extra import require_onnx
 from .genai import GENAI_NAME, genai_config
@@ -52,6 +54,7 @@ class OnnxWriter(ModelWriter):
         self._writer = CheckpointWriter(out, shard_size=shard_size, force=force)
         self._shard_size = shard_size
         self._file: BinaryIO | None = None
+        self._writeback: Writeback | None = None
         self._files = 0
 
     def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -76,6 +79,8 @@ class OnnxWriter(ModelWriter):
             file.write(b"\0" * (offset - file.tell()))
             if data.numel():
                 file.write(data.view(torch.uint8).numpy().data)
+            if self._writeback is not None:
+                self._writeback.reached(file.tell())
         self._stored[name] = TensorInfo(tensor.dtype, tuple(tensor.shape), data.nbytes, Path(file.name).name, offset)
 
     def finish(self) -> None:
@@ -140,6 +145,7 @@ class OnnxWriter(ModelWriter):
         if self._file is None:
             suffix = f".{self._files}" if self._files else ""
             self._file = (self._writer.working_folder / f"{GRAPH_NAME}.data{suffix}").open("wb")
+            self._writeback = Writeback(self._file)
             self._files += 1
         return self._file
 

@@ -143,7 +143,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
 ) -> None:
     source = native()
     count = 0
-    real = convert_module.write_layer
+    real = convert_module.write_part
 
     def failing(*arguments: object) -> object:
         nonlocal count
@@ -153,7 +153,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(convert_module, "write_layer", failing)
+    monkeypatch.setattr(convert_module, "write_part", failing)
     before = sorted(tmp_path.iterdir())
     outcome = eqat("export", source, "--to", "gptq", "--out", tmp_path / "out")
     assert outcome.code == code
@@ -206,17 +206,25 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(native: Callable[..., Path],
     assert sorted(tmp_path.iterdir()) == before
 
 
+WHERE = {  # what the main thread does when the signal comes, and what the workers do
+    "while a layer is written": "convert.write_part = lambda *arguments: time.sleep(100)",
+    "while layers are encoded": "convert.encode_part = lambda *arguments: time.sleep(2)",
+}
+
+
+@pytest.mark.parametrize("replaced", WHERE.values(), ids=WHERE)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_leaves_nothing(
-    native: Callable[..., Path], tmp_path: Path, number: signal.Signals, code: int
+    native: Callable[..., Path], tmp_path: Path, number: signal.Signals, code: int, replaced: str
 ) -> None:
     source = native()
     before = sorted(tmp_path.iterdir())
     child = start(
-        """
-        import sys, time
+        f"""
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests' own parent ignored
         from eqat_export import cli, convert
-        convert.write_layer = lambda *arguments: time.sleep(100)
+        {replaced}
         cli.main()
         """,
         *("export", source, "--to", "gptq", "--out", tmp_path / "out"),

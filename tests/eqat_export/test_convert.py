@@ -126,7 +126,7 @@ def test_layers_are_checked_before_anything_is_written(
 ) -> None:
     source = native(bits=5)
     written = []
-    monkeypatch.setattr(convert_module, "write_layer", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(convert_module, "write_part", lambda *arguments: written.append(arguments))
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UnsupportedSchemeError, match=r"layer model\.layers\.0\..*2, 3, 4 and 8 bits, not 5"):
         convert(source, tmp_path / "out", "gptq")

@@ -276,6 +276,44 @@ def test_one_block_by_hand() -> None:
     assert dequantize(layer).flatten().tolist() == by_formula("Q4_0", codes.flatten().tolist(), 0.5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("bits", "zeros", "type_name"),
+    [
+        (2, [1], "Q2_0"),
+        (2, [1, 2, 2], "Q2_0"),
+        (2, [0, 1, 2, 3], "Q4_0"),
+        (3, range(8), "Q4_0"),
+        (4, [8], "Q4_0"),
+        (4, [7, 8], "Q4_0"),
+        (4, range(16), "Q5_0"),
+    ],
+)
+def test_packed_codes_become_blocks_of_the_same_weights(shape, bits, zeros, type_name) -> None:
+    out_features, in_features, group_size = shape
+    layer = spanning(bits, zeros, out_features, in_features, group_size)
+    expected = dequantize(layer, torch.float64)
+    if type_name == "Q2_0" and layer.scheme.width(in_features) % 64:
+        type_name = "Q4_0"
+    kind = BLOCK_TYPES[type_name]
+    for form in (GGUF, forced(type_name)):
+        encoded = form.encode(PackedLinear.pack(layer))
+        assert encoded.choice.type == type_name
+        codes, scales, _ = unpack_blocks(kind, encoded["blocks"])
+        assert torch.equal((codes.double() - kind.offset) * scales.double().repeat_interleave(kind.block, 1), expected)
+        assert torch.equal(encoded["blocks"], form.encode(layer)["blocks"])
+
+
+def test_packed_codes_that_fit_although_their_zeros_alone_do_not_tell_become_q4_0() -> None:
+    layer = spanning(4, [10])
+    layer = replace(layer, codes=layer.codes.clamp(4, 15))
+    encoded = GGUF.encode(PackedLinear.pack(layer))
+    assert encoded.choice.type == "Q4_0"
+    codes, scales, _ = unpack_blocks(BLOCK_TYPES["Q4_0"], encoded["blocks"])
+    weights = (codes.double() - 8) * scales.double().repeat_interleave(32, 1)
+    assert torch.equal(weights, dequantize(layer, torch.float64))
+
+
 def spanning(bits: int, zeros, out_features: int = 64, in_features: int = 128, group_size: int = 64) -> QuantizedLinear:
     """A layer whose every group holds each code, with these zeros in turn."""
     scheme = QuantScheme(bits, group_size)

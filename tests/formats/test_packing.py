@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from formats import pack_bits, unpack_bits
-from formats.packing import packed_length, permute_fields
+from formats.packing import add_to_fields_, packed_length, permute_blocks_, permute_fields, widen_fields
 
 CONTAINERS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
@@ -124,3 +124,70 @@ def test_fields_go_where_they_are_sent(bits, data) -> None:
 def test_a_permutation_of_fields_that_is_none_is_refused(dtype, bits, positions, said) -> None:
     with pytest.raises(ValueError, match=said):
         permute_fields(torch.zeros(2, dtype=dtype), bits, positions)
+
+
+def numbers(words: torch.Tensor) -> list[int]:
+    return [number & 0xFFFFFFFF for number in words.flatten().tolist()]
+
+
+def fields_of(words: list[int], bits: int) -> list[int]:
+    return [word >> bits * i & (2**bits - 1) for word in words for i in range(32 // bits)]
+
+
+@given(bits=st.sampled_from([1, 2, 4, 8]), extra=st.integers(0, 3), data=st.data())
+def test_fields_move_within_a_block_as_the_bits_of_their_index_do(bits, extra, data) -> None:
+    count = (32 // bits).bit_length() - 1 + extra
+    order = data.draw(st.permutations(range(count)))
+    words = torch.tensor(data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=2**extra, max_size=2**extra)))
+    words = words.to(torch.int32)
+    before = fields_of(numbers(words), bits)
+    found = permute_blocks_(words[:, None].repeat(1, 3), bits, order)
+    again = permute_blocks_(words[None, :, None].repeat(2, 1, 3), bits, order, axis=1)
+    assert torch.equal(again, found.expand(2, -1, -1))
+    after = fields_of(numbers(found[:, 2]), bits)
+    expected = [before[sum((i >> k & 1) << order[k] for k in range(count))] for i in range(2**count)]
+    assert after == expected
+
+
+@pytest.mark.parametrize("target", [4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [8, 40, 96])
+def test_wider_fields_hold_the_same_values(bits, count, target) -> None:
+    if bits == target or count * target % 32:
+        return
+    values = torch.randint(0, 2**bits, (count, 3), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
+    words = pack_bits(values, bits, axis=0)
+    before = words.clone()
+    found = widen_fields(words, bits, count, target)
+    for column in range(3):
+        assert fields_of(numbers(found[:, column]), target) == values[:, column].tolist()
+    assert torch.equal(words, before)
+
+
+def test_adding_to_fields_tells_which_overflow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (40, 6), generator=generator).to(torch.int32)
+    addends = torch.randint(0, 17, (10, 1, 6), generator=generator).to(torch.int32)
+    before = [fields_of([number], 4) for number in numbers(words)]
+    sums = [
+        [v + a for v in fields] for fields, a in zip(before, addends.repeat(1, 4, 1).flatten().tolist(), strict=True)
+    ]
+    over = add_to_fields_(words.view(10, 4, 6), addends)
+    assert [fields_of([number], 4) for number in numbers(words)] == [[v % 16 for v in fields] for fields in sums]
+    assert over.flatten().tolist() == [sum((v >= 16) << i for i, v in enumerate(fields)) for fields in sums]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: permute_blocks_(torch.zeros(2, 1, dtype=torch.int32), 4, (0, 1, 2)), "does not fit 2 words"),
+        (lambda: permute_blocks_(torch.zeros(3, 1, dtype=torch.int32), 4, (0, 1, 2, 3, 4)), "does not fit 3 words"),
+        (lambda: permute_blocks_(torch.zeros(1), 4, (0, 1, 2)), "takes int32"),
+        (lambda: widen_fields(torch.zeros(5, dtype=torch.int32), 5, 32, 8), "do not become 8 bits wide"),
+        (lambda: widen_fields(torch.zeros(1, dtype=torch.int32), 3, 10, 4), "do not become 4 bits wide"),
+        (lambda: widen_fields(torch.zeros(2, dtype=torch.int32), 4, 8, 8), "take 1 int32"),
+    ],
+)
+def test_impossible_moves_of_fields_are_refused(call, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        call()

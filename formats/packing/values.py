@@ -1,4 +1,4 @@
-"""The one bit packer.
+"""Values to words and back.
 
 Values of ``bits`` bits are laid along one axis into a little-endian stream, low bits first. Two layouts exist in
 the field, and one parameter tells them apart:
@@ -8,8 +8,6 @@ the field, and one parameter tells them apart:
 - a fixed count a word (``per_word=n``): each word holds ``n`` values and its remaining high bits stay zero.
   EfficientQAT packs 3-bit this way, ten values a word.
 
-``restream`` goes from one to the other without unpacking: ten 3-bit values are 30 bits of the same stream.
-
 The stream is built bytewise in uint8 arithmetic and then viewed as the container, so no intermediate is larger than
 the values themselves. The last word is padded with zero bits.
 """
@@ -18,12 +16,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack_bits", "packed_length", "permute_fields", "restream", "unpack_bits"]
+__all__ = ["pack_bits", "packed_length", "unpack_bits"]
 
 _CONTAINER_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
 
@@ -117,88 +114,6 @@ def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = -1, *, per_wo
             value = value | (source[..., byte + 1] << (8 - shift))
         values[..., i] = value & (2**bits - 1)
     return values.flatten(-2)[..., :count].movedim(-1, axis).contiguous()
-
-
-def restream(words: Tensor, length: int, used: int, target: int) -> Tensor:
-    """The same bit stream with another count of bits in each word, along the first axis.
-
-    Args:
-        words: int32 ``[ceil(length / used), ...]``; bits from ``used`` upwards, and past the stream's end, are ignored.
-        length: bits of the stream.
-        used: bits of the stream a word of ``words`` holds, 1 to 32.
-        target: the same for the result.
-
-    Returns:
-        int32 ``[ceil(length / target), ...]``, unused bits 0; ``words`` itself where nothing changes.
-
-    Raises:
-        ValueError: words are not int32, or not as many as the stream takes.
-    """
-    count = math.ceil(length / used)
-    if words.dtype != torch.int32 or words.shape[0] != count:
-        raise ValueError(
-            f"words are {words.dtype} {list(words.shape)}; {length} bits, {used} a word, take {count} int32"
-        )
-    tail = length - (count - 1) * used
-    if tail < _CONTAINER_BITS[torch.int32] and (used == target or tail < used):
-        last = _field(words[-1:], 0, tail)
-        if not torch.equal(last, words[-1:]):
-            words = torch.cat([words[:-1], last])
-    if used == target:
-        return words if used == 32 else _field(words, 0, used)
-    run = math.lcm(used, target)
-    periods = math.ceil(length / run)
-    padding = words.new_zeros(periods * run // used - count, *words.shape[1:])
-    source = torch.cat([words, padding]) if len(padding) else words
-    source = source.unflatten(0, (periods, run // used))
-    result = source.new_zeros(periods, run // target, *words.shape[1:])
-    for i in range(run // used):
-        for j in range(i * used // target, math.ceil((i + 1) * used / target)):
-            start = max(i * used, j * target)
-            end = min((i + 1) * used, (j + 1) * target)
-            result[:, j] |= _field(source[:, i], start - i * used, end - start) << (start - j * target)
-    return result.flatten(0, 1)[: math.ceil(length / target)]
-
-
-def permute_fields(words: Tensor, bits: int, positions: Sequence[int]) -> Tensor:
-    """Moves the fields of every word to other places in the same word.
-
-    Fields that move equally far move together, with one mask and one shift.
-
-    Args:
-        words: int32 tensor of any shape.
-        bits: bits a field; must divide 32.
-        positions: for each of the ``32 // bits`` fields, lowest first, the index of the field it becomes.
-
-    Returns:
-        int32 tensor of the same shape, contiguous.
-
-    Raises:
-        ValueError: words are not int32, bits does not divide 32, or positions is no permutation of the fields.
-    """
-    if words.dtype != torch.int32:
-        raise ValueError(f"words are {words.dtype}; permute_fields takes int32")
-    if not 1 <= bits <= 8 or 32 % bits:
-        raise ValueError(f"bits is {bits}; fields of 1, 2, 4 or 8 bits fill a word of 32")
-    if sorted(positions) != list(range(32 // bits)):
-        raise ValueError(f"positions are {list(positions)}; expected each of 0..{32 // bits - 1} once")
-    targets: dict[int, int] = {}  # distance in bits, upwards -> mask of the fields that land there
-    for field, position in enumerate(positions):
-        distance = (position - field) * bits
-        targets[distance] = targets.get(distance, 0) | (2**bits - 1) << position * bits
-    source = words.contiguous()
-    result, moved = torch.zeros_like(source), torch.empty_like(source)
-    for distance, mask in targets.items():
-        shift = torch.bitwise_left_shift if distance >= 0 else torch.bitwise_right_shift
-        shift(source, abs(distance), out=moved)
-        moved.bitwise_and_(mask - 2**32 if mask >= 2**31 else mask)  # the mask also clears copies of the sign bit
-        result.bitwise_or_(moved)
-    return result
-
-
-def _field(words: Tensor, low: int, width: int) -> Tensor:
-    """Bits ``low .. low+width-1`` of int32 words, as non-negative numbers unless they are all 32."""
-    return words if width == 32 else (words >> low) & ((1 << width) - 1)
 
 
 def _pack_down(values: Tensor, bits: int, container: torch.dtype, per_word: int, words: int) -> Tensor:
