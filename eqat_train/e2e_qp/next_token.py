@@ -7,22 +7,20 @@ mask code does, once a forward pass, to look for packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..data import NO_LOSS, TokenWindows
+from .head import find_head, head_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["accumulate_gradients", "mean_loss", "recomputed_in_backward"]
+__all__ = ["accumulate_gradients", "mean_loss"]
 
 
 def accumulate_gradients(
@@ -42,7 +40,7 @@ def accumulate_gradients(
     targets = windows.loss_tokens
     total = torch.zeros((), device=device)
     for ids, labels in _on_device(windows, micro_batch_size, device):
-        loss = _summed_loss(model, ids, labels) / targets
+        loss = _summed_loss(model, ids, labels, 1 / targets)
         loss.backward()
         total = total + loss.detach()
     return total
@@ -53,22 +51,8 @@ def mean_loss(model: PreTrainedModel, windows: TokenWindows, micro_batch_size: i
     """Mean loss over all target tokens of the windows: a float64 scalar on ``device``."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for ids, labels in _on_device(windows, micro_batch_size, device):
-        total += _summed_loss(model, ids, labels)
+        total += _summed_loss(model, ids, labels, 1.0)
     return total / windows.loss_tokens
-
-
-@contextmanager
-def recomputed_in_backward(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Gradient checkpointing: inside, each layer keeps only its input and runs again in backward."""
-    changed = list(layers)
-    try:
-        for layer in changed:
-            # Nothing is random in evaluation mode, so the generator's state need not be kept.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        yield
-    finally:
-        for layer in changed:
-            layer.__dict__.pop("forward", None)
 
 
 def _on_device(windows: TokenWindows, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -79,8 +63,13 @@ def _on_device(windows: TokenWindows, batch_size: int, device: torch.device) -> 
         yield ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def _summed_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits  # [windows, seq_len, vocabulary]
-    targets = F.pad(labels[:, 1:], (0, 1), value=NO_LOSS)  # the last position predicts nothing
+def _summed_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """``scale`` times the sum of the target tokens' losses."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=NO_LOSS).flatten()  # the last position predicts nothing
+    head = find_head(model, ids)
+    if head is not None:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [windows, seq_len, hidden]
+        return head_loss(head, hidden.flatten(0, 1), targets, scale)
+    logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # [tokens, vocabulary]
     precision = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.flatten(0, 1).to(precision), targets.flatten(), ignore_index=NO_LOSS, reduction="sum")
+    return F.cross_entropy(logits.to(precision), targets, ignore_index=NO_LOSS, reduction="sum") * scale

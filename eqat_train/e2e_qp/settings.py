@@ -29,7 +29,9 @@ class E2eSettings:
         compute_dtype: float32 or bfloat16, of activations, matmuls and everything not packed; None is float32 on a
             CPU and bfloat16 on a GPU.
         device: where to train; None is the GPU if there is one.
-        gradient_checkpointing: recompute each decoder layer in backward; None does when activations are large.
+        gradient_checkpointing: recompute each decoder layer in backward; None recomputes what memory makes necessary.
+        activation_budget: bytes that forward may keep for backward while ``gradient_checkpointing`` is None; None is
+            1 GiB on a CPU and 60 % of what is free on a GPU.
         seed: of the order of the windows.
 
     Raises:
@@ -47,10 +49,11 @@ class E2eSettings:
     compute_dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     gradient_checkpointing: bool | None = None
+    activation_budget: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size"):
+        for name in ("epochs", "batch_size", "micro_batch_size", "activation_budget"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value!r}; allowed are integers from 1")
@@ -102,6 +105,8 @@ class E2eReport:
         tokens: tokens read by training.
         seconds: wall time, loading and writing included.
         peak_memory: bytes; of the GPU's allocator, else of the process so far.
+        memory: bytes on a GPU by what they hold: "packed_weights", "scales", "training" (gradients and AdamW's
+            moments), "dense"; the rest of the peak are activations. Empty on a CPU.
     """
 
     losses: tuple[float, ...]
@@ -113,6 +118,7 @@ class E2eReport:
     tokens: int
     seconds: float
     peak_memory: int
+    memory: dict[str, int]
 
     @property
     def steps(self) -> int:

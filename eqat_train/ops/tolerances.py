@@ -29,6 +29,10 @@ TOLERANCES: dict[str, dict[str, dict[torch.dtype, float]]] = {
         "output": {F16: 1e-3, BF16: 8e-3, F32: 1e-5},
         "grad_x": {F16: 1e-3, BF16: 8e-3, F32: 1e-5},
     },
+    "cross_entropy": {"losses": {F16: 1e-6, BF16: 1e-6, F32: 1e-6}, "grad": {F16: 1e-3, BF16: 8e-3, F32: 1e-6}},
+    "gated_silu": {"output": {F16: 1e-3, BF16: 8e-3, F32: 1e-6}, "grad": {F16: 1e-3, BF16: 8e-3, F32: 1e-6}},
+    "rms_norm": {"output": {F16: 1e-3, BF16: 8e-3, F32: 1e-6}, "grad": {F16: 1e-3, BF16: 8e-3, F32: 1e-6}},
+    "rotary": {"output": {F16: 1e-3, BF16: 8e-3, F32: 1e-6}, "grad": {F16: 1e-3, BF16: 8e-3, F32: 1e-6}},
     "scale_grad": {"grad": {F16: 1e-4, BF16: 1e-4, F32: 1e-5}},  # float32 sums of exact products
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = ["describe_event"]
@@ -10,14 +10,12 @@ __all__ = ["describe_event"]
 
 def describe_event(kind: str, fields: Mapping[str, Any]) -> str | None:
     """The text of an event, or None for events that only logs and scripts want."""
-    if kind == "block":
-        return _block(fields)
+    if kind in _TEXTS:
+        return _TEXTS[kind](fields)
     if kind == "e2e_validation":
         return f"validation loss {fields['when']} E2E-QP: {fields['loss']:.4f}"
     if kind == "evaluation" and fields["perplexity"] is not None:
         return f"{fields['model']}: perplexity {fields['perplexity']:.2f}"
-    if kind == "data":
-        return _data(fields)
     if kind == "done":
         return (
             f"native checkpoint: {fields['out']} ({fields['seconds']:.0f} s)\n"
@@ -25,6 +23,15 @@ def describe_event(kind: str, fields: Mapping[str, Any]) -> str | None:
             "      eqat verify"
         )
     return None
+
+
+def _memory(fields: Mapping[str, Any]) -> str:
+    gib = {name: size / 2**30 for name, size in fields.items()}
+    parts = [("packed weights", "packed_weights"), ("scales", "scales"), ("their gradients and AdamW", "training")]
+    parts += [("embeddings, head and norms", "dense")]
+    rest = gib["peak"] - sum(gib[name] for _, name in parts)
+    listed = ", ".join(f"{text} {gib[name]:.2f}" for text, name in parts)
+    return f"E2E-QP peak GPU memory {gib['peak']:.2f} GiB: {listed}, activations {rest:.2f}"
 
 
 def _data(fields: Mapping[str, Any]) -> str:
@@ -44,3 +51,6 @@ def _block(fields: Mapping[str, Any]) -> str | None:
     if fields["val_loss"] is not None:
         line += f", validation {fields['start_val_loss']:.3g} -> {fields['val_loss']:.3g}"
     return f"{line}, {fields['seconds']:.0f} s"
+
+
+_TEXTS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {"block": _block, "data": _data, "e2e_memory": _memory}

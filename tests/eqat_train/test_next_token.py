@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from eqat_train.data import TokenWindows
-from eqat_train.e2e_qp.next_token import accumulate_gradients, mean_loss, recomputed_in_backward
+from eqat_train.e2e_qp.next_token import accumulate_gradients, mean_loss
 from eqat_train.e2e_qp.packed_model import PackedModel, load_packed_model
+from eqat_train.e2e_qp.recompute import recomputed_in_backward
 from formats import QuantScheme
 from formats.model import open_checkpoint
 from tests.tiny_checkpoints import quantize_folder

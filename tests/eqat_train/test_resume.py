@@ -14,7 +14,7 @@ import pytest
 
 from eqat_train.block_ap import run as block_ap_run
 from eqat_train.config import TrainConfig
-from eqat_train.e2e_qp import run as e2e_run
+from eqat_train.e2e_qp import trainer as e2e_trainer
 from eqat_train.pipeline.results import Measurement
 from eqat_train.pipeline.train import train
 from eqat_train.reporting.progress import Reporter
@@ -97,8 +97,8 @@ def test_an_interruption_in_e2e_qp_finishes_the_step_and_the_next_run_goes_on_af
 def test_state_is_saved_while_training_goes_on(
     config: Config, expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(e2e_run, "SAVE_SECONDS", 0)
-    step = e2e_run._Trainer._step
+    monkeypatch.setattr(e2e_trainer, "SAVE_SECONDS", 0)
+    step = e2e_trainer.Trainer._step
 
     def fail_in_the_second(self: Any, *args: Any) -> Any:
         if self.losses:
@@ -106,7 +106,7 @@ def test_state_is_saved_while_training_goes_on(
         return step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(e2e_run._Trainer, "_step", fail_in_the_second)
+        patch.setattr(e2e_trainer.Trainer, "_step", fail_in_the_second)
         with pytest.raises(MemoryError):
             run(config())
     assert run(config()).steps[0] == 2

@@ -6,10 +6,12 @@ dequantizes again. There is no gradient for the packed integers.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..dispatch import run
 from ..packed import PackedWeight
+from .autograd import trained_linear
 
 __all__ = ["dequant_matmul"]
 
@@ -33,4 +35,7 @@ def dequant_matmul(
     Returns:
         ``[..., out]`` in the dtype of ``x``.
     """
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scales, bias))
+    if trained and (impl == "triton" or (impl == "auto" and x.device.type == "cuda")):
+        return trained_linear(x, packed, scales, bias, impl)
     return run("dequant_matmul", impl, x.device, x, packed, scales, bias)
