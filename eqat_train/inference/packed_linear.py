@@ -62,8 +62,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def from_layer(cls, layer: QuantizedLinear | StoredLayer, *, impl: str = "auto") -> PackedLinear:
-        """A layer of a checkpoint in any format."""
+    def from_layer(
+        cls, layer: QuantizedLinear | StoredLayer, *, bias_dtype: torch.dtype | None = None, impl: str = "auto"
+    ) -> PackedLinear:
+        """A layer of a checkpoint in any format; its bias in ``bias_dtype``, or as it is stored."""
         native = get_format("native")
         tensors = native.encode_packed(layer) if isinstance(layer, StoredLayer) else native.encode(layer)  # type: ignore[attr-defined]
         packed = PackedWeight(
@@ -74,7 +76,8 @@ class PackedLinear(nn.Module):
             layer.in_features,
             layer.g_idx,
         )
-        return cls(packed, tensors["scales"], tensors.get("bias"), impl=impl)
+        bias = tensors.get("bias")
+        return cls(packed, tensors["scales"], bias if bias is None else bias.to(bias_dtype), impl=impl)
 
     @classmethod
     def empty(

@@ -1,0 +1,72 @@
+"""Residual addition and RMS normalization as one kernel: a program a row, which it holds in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["add_rms_norm", "refusal"]
+
+LARGEST_ROW = 16384
+
+
+def refusal(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> str | None:
+    """Why the kernel cannot compute this, or None."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or weight.dtype != x.dtype:
+        return f"takes float16, bfloat16 or float32, all of one dtype, and got {x.dtype} and {weight.dtype}"
+    if x.dim() != 2 or not x.is_contiguous() or (delta is not None and not delta.is_contiguous()):
+        return "takes contiguous [rows, features]"
+    if x.shape[1] > LARGEST_ROW:
+        return f"rows hold at most {LARGEST_ROW} features, and these have {x.shape[1]}"
+    return None
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See :func:`eqat_train.ops.add_rms_norm.add_rms_norm`."""
+    rows, features = x.shape
+    normed = torch.empty_like(x)
+    total = x if delta is None else torch.empty_like(x)
+    block = triton.next_power_of_2(features)
+    warps = min(16, max(1, block // 512))
+    _kernel[(rows,)](
+        x,
+        x if delta is None else delta,
+        weight,
+        total,
+        normed,
+        features,
+        epsilon,
+        ADD=delta is not None,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return total, normed
+
+
+@triton.jit
+def _kernel(
+    x: Any,
+    delta: Any,
+    weight: Any,
+    total: Any,
+    normed: Any,
+    features: Any,
+    epsilon: Any,
+    ADD: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+) -> None:
+    start = tl.program_id(0).to(tl.int64) * features
+    column = tl.arange(0, BLOCK)
+    inside = column < features
+    value = tl.load(x + start + column, inside, other=0.0)
+    scale = tl.load(weight + column, inside, other=0.0)
+    if ADD:
+        value = value + tl.load(delta + start + column, inside, other=0.0)
+        tl.store(total + start + column, value, inside)
+    wide = value.to(tl.float32)
+    quotient = wide * tl.rsqrt(tl.sum(wide * wide, 0) / features + epsilon)
+    tl.store(normed + start + column, scale * quotient.to(value.dtype), inside)

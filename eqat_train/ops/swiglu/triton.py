@@ -1,0 +1,42 @@
+"""The gated activation as one elementwise kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["refusal", "swiglu"]
+
+BLOCK = 512
+
+
+def refusal(gate_up: Tensor) -> str | None:
+    """Why the kernel cannot compute this, or None."""
+    if gate_up.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"takes float16, bfloat16 or float32, and got {gate_up.dtype}"
+    if gate_up.dim() != 2 or not gate_up.is_contiguous() or gate_up.shape[1] % 2:
+        return "takes contiguous [rows, 2 * features]"
+    return None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See :func:`eqat_train.ops.swiglu.swiglu`."""
+    rows, features = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, features)
+    _kernel[(triton.cdiv(features, BLOCK), rows)](gate_up, out, features, SIZE=BLOCK, num_warps=2)
+    return out
+
+
+@triton.jit
+def _kernel(gate_up: Any, out: Any, features: Any, SIZE: tl.constexpr) -> None:  # noqa: N803
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    inside = column < features
+    gate = tl.load(gate_up + 2 * row * features + column, inside, other=0.0)
+    up = tl.load(gate_up + (2 * row + 1) * features + column, inside, other=0.0)
+    wide = gate.to(tl.float32)
+    tl.store(out + row * features + column, (wide / (1 + tl.exp(-wide))).to(gate.dtype) * up, inside)
