@@ -2,8 +2,8 @@
 
 transformers keeps its quantizers in a registry that others extend by calling it, which takes importing transformers:
 seconds that ``import eqat_train`` must not cost. So the call is left with Python's own import system. A finder at the
-head of ``sys.meta_path`` knows a single name; when that module is looked for, the finder leaves the path, lets the
-usual finders find it, and has its loader followed by the import that was asked for. Nothing of the awaited module is
+head of ``sys.meta_path`` knows a single name; when that module is looked for, it lets the usual finders find it and has
+its loader followed by the import that was asked for, after which the finder leaves. Nothing of the awaited module is
 replaced.
 """
 
@@ -36,24 +36,28 @@ def import_after(awaited: str, follower: str) -> None:
 class _Finder(MetaPathFinder):
     def __init__(self, awaited: str, follower: str) -> None:
         self.awaited, self.follower = awaited, follower
+        self._asking_others = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.awaited:
+        if fullname != self.awaited or self._asking_others:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._asking_others = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._asking_others = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.follower)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
-    """A module's own loader, and one import after it."""
+    """A module's own loader, and the import that follows."""
 
-    def __init__(self, loader: Loader, follower: str) -> None:
-        self.loader, self.follower = loader, follower
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -64,4 +68,5 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        importlib.import_module(self.follower)
+        sys.meta_path.remove(self.finder)  # only now: an import that failed may be tried again
+        importlib.import_module(self.finder.follower)

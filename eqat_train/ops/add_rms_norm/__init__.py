@@ -12,10 +12,7 @@ __all__ = ["add_rms_norm"]
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The sum and its normalization, as transformers' Llama computes them.
-
-    The sum is rounded to the dtype; ``rms(s) = sqrt(mean(s**2) + epsilon)`` and the quotient are taken in float32, and
-    the quotient is rounded to the dtype before it is multiplied by the weight.
+    """The sum, rounded to the dtype, and its normalization: ``rms(s) = sqrt(mean(s**2) + epsilon)`` in float32.
 
     Args:
         x: floating ``[rows, features]``.

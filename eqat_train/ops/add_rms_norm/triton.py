@@ -1,8 +1,8 @@
 """Residual addition and RMS normalization as one kernel: a program a row, which it holds in registers."""
 
+# ruff: noqa: N803 -- compile-time arguments are in capitals
+# mypy: allow-untyped-defs
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -49,24 +49,25 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
 
 @triton.jit
 def _kernel(
-    x: Any,
-    delta: Any,
-    weight: Any,
-    total: Any,
-    normed: Any,
-    features: Any,
-    epsilon: Any,
-    ADD: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-) -> None:
+    x,
+    delta,
+    weight,
+    total,
+    normed,
+    features,
+    epsilon,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     start = tl.program_id(0).to(tl.int64) * features
     column = tl.arange(0, BLOCK)
     inside = column < features
-    value = tl.load(x + start + column, inside, other=0.0)
-    scale = tl.load(weight + column, inside, other=0.0)
+    value = tl.load(x + start + column, inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
     if ADD:
-        value = value + tl.load(delta + start + column, inside, other=0.0)
+        value = value + tl.load(delta + start + column, inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)  # the sum that is stored is the one that is normalized
         tl.store(total + start + column, value, inside)
-    wide = value.to(tl.float32)
-    quotient = wide * tl.rsqrt(tl.sum(wide * wide, 0) / features + epsilon)
-    tl.store(normed + start + column, scale * quotient.to(value.dtype), inside)
+        value = value.to(tl.float32)
+    quotient = value * tl.rsqrt(tl.sum(value * value, 0) / features + epsilon)
+    tl.store(normed + start + column, (scale * quotient).to(normed.dtype.element_ty), inside)

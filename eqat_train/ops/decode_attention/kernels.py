@@ -1,8 +1,9 @@
 """The kernels of decode_attention."""
 
-from __future__ import annotations
+# ruff: noqa: N803 -- compile-time arguments are in capitals
+# mypy: allow-untyped-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -12,57 +13,57 @@ __all__ = ["attend", "combine"]
 
 @triton.jit
 def _rotated(
-    heads: Any,
-    mask: Any,
-    norm: Any,
-    cos: Any,
-    sin: Any,
-    epsilon: Any,
-    NORMS: tl.constexpr,  # noqa: N803
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-) -> Any:
+    heads,
+    mask,
+    norm,
+    cos,
+    sin,
+    epsilon,
+    NORMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """Heads ``[rows, head_dim]`` behind the pointers ``[rows, 1]``, normalized and rotated, in their dtype."""
     column = tl.arange(0, HEAD_DIM)
     half: tl.constexpr = HEAD_DIM // 2
     other = (column + half) % HEAD_DIM
-    value = tl.load(heads + column[None, :], mask, other=0.0)
-    partner = tl.load(heads + other[None, :], mask, other=0.0)
+    value = tl.load(heads + column[None, :], mask, other=0.0).to(tl.float32)
+    partner = tl.load(heads + other[None, :], mask, other=0.0).to(tl.float32)
     if NORMS:
-        wide = value.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_DIM + epsilon)[:, None]
-        value = tl.load(norm + column)[None, :] * (wide * factor).to(value.dtype)
-        partner = tl.load(norm + other)[None, :] * (partner.to(tl.float32) * factor).to(value.dtype)
+        factor = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + epsilon)[:, None]
+        value = value * factor * tl.load(norm + column).to(tl.float32)[None, :]
+        partner = partner * factor * tl.load(norm + other).to(tl.float32)[None, :]
     sign = tl.where(column < half, -1.0, 1.0)[None, :]
-    turned = value.to(tl.float32) * cos[None, :] + sign * partner.to(tl.float32) * sin[None, :]
-    return turned.to(value.dtype)
+    turned = value * cos[None, :] + sign * partner * sin[None, :]
+    return turned.to(heads.dtype.element_ty)
 
 
 @triton.jit
 def attend(
-    qkv: Any,
-    keys: Any,
-    values: Any,
-    cos_table: Any,
-    sin_table: Any,
-    query_norm: Any,
-    key_norm: Any,
-    position: Any,
-    sums: Any,
-    weights: Any,
-    length: Any,
-    kv_heads: Any,
-    scale: Any,
-    epsilon: Any,
-    GROUP: tl.constexpr,  # noqa: N803
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-    PARTS: tl.constexpr,  # noqa: N803
-    NORMS: tl.constexpr,  # noqa: N803
-    QUERIES: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-) -> None:
+    qkv,
+    keys,
+    values,
+    cos_table,
+    sin_table,
+    query_norm,
+    key_norm,
+    position,
+    sums,
+    weights,
+    length,
+    kv_heads,
+    scale,
+    epsilon,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """One part of the rows for one key-value head: unnormalized sums of values, largest score, sum of exponentials."""
     head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    new = tl.load(position)
+    new = tl.load(position).to(tl.int32)  # offsets within a head fit 32 bits
     column = tl.arange(0, HEAD_DIM)
     cos = tl.load(cos_table + new * HEAD_DIM + column).to(tl.float32)
     sin = tl.load(sin_table + new * HEAD_DIM + column).to(tl.float32)
@@ -71,6 +72,8 @@ def attend(
     query_head = head * GROUP + member
     real = (member < GROUP)[:, None]
     query = _rotated(qkv + query_head[:, None] * HEAD_DIM, real, query_norm, cos, sin, epsilon, NORMS, HEAD_DIM)
+    if WIDE:
+        query = query.to(tl.float32)
     one = tl.zeros([1, 1], tl.int64)
     key_head = kv_heads * GROUP + head
     new_key = _rotated(qkv + one + key_head * HEAD_DIM, one == 0, key_norm, cos, sin, epsilon, NORMS, HEAD_DIM)
@@ -81,10 +84,11 @@ def attend(
     share = tl.cdiv(blocks, PARTS) * ROWS
     first = part * share
     last = tl.minimum(first + share, new + 1)
-    base = head * length * HEAD_DIM
+    keys += head * length * HEAD_DIM
+    values += head * length * HEAD_DIM
     if (first <= new) & (new < first + share):
-        tl.store(keys + base + new * HEAD_DIM + column[None, :], new_key)
-        tl.store(values + base + new * HEAD_DIM + column[None, :], new_value)
+        tl.store(keys + new * HEAD_DIM + column[None, :], new_key)
+        tl.store(values + new * HEAD_DIM + column[None, :], new_value)
 
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -92,9 +96,11 @@ def attend(
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         old = (row < new)[:, None]
-        here = base + row[:, None] * HEAD_DIM + column[None, :]
+        here = row[:, None] * HEAD_DIM + column[None, :]
         key = tl.where((row == new)[:, None], new_key, tl.load(keys + here, old, other=0.0))
         value = tl.where((row == new)[:, None], new_value, tl.load(values + here, old, other=0.0))
+        if WIDE:
+            key, value = key.to(tl.float32), value.to(tl.float32)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         score = tl.where((row <= new)[None, :], score, float("-inf"))
         above = tl.maximum(largest, tl.max(score, 1))
@@ -113,14 +119,14 @@ def attend(
 
 @triton.jit
 def combine(
-    sums: Any,
-    weights: Any,
-    out: Any,
-    heads: Any,
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-    PARTS: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-) -> None:
+    sums,
+    weights,
+    out,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The parts of one query head together."""
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["decode_attention", "refusal"]
 
 QUERIES = 16
-ROWS = 64
+ROWS = 32
 PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 
 
@@ -30,6 +30,8 @@ def refusal(qkv: Tensor, cache: AttentionCache, position: Tensor, scale: float, 
     kv_heads, _, head_dim = cache.keys.shape
     if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32) or cache.keys.dtype != qkv.dtype:
         return f"takes float16, bfloat16 or float32, all of one dtype, and got {qkv.dtype} and {cache.keys.dtype}"
+    if cache.keys[0].numel() >= 2**31:
+        return f"a head of {cache.keys.shape[1]} x {head_dim} values; it takes fewer than 2**31"
     if head_dim not in (16, 32, 64, 128, 256):
         return f"head_dim is {head_dim}; it takes 16, 32, 64, 128 and 256"
     if qkv.shape[1] // head_dim - 2 * kv_heads > QUERIES * kv_heads:
@@ -70,6 +72,7 @@ def decode_attention(
         NORMS=norms is not None,
         QUERIES=QUERIES,
         ROWS=ROWS,
+        WIDE=qkv.device.type == "cpu",  # Triton's interpreter has no bfloat16 matmul
         num_warps=4,
     )
     combine[(heads,)](sums, weights, out, heads, HEAD_DIM=head_dim, PARTS=parts, BLOCK=triton.next_power_of_2(parts))

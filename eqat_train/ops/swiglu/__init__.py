@@ -10,7 +10,7 @@ __all__ = ["swiglu"]
 
 
 def swiglu(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
-    """``silu(gate) * up`` of the two halves of a row; silu is taken in float32 and rounded to the dtype.
+    """``silu(gate) * up`` of the two halves of a row.
 
     Args:
         gate_up: floating ``[rows, 2 * features]``: all gates, then all ups.
