@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..overlap import begin, wait_for_inputs
+
 __all__ = ["attend", "combine"]
 
 
@@ -60,8 +62,11 @@ def attend(
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One part of the rows for one key-value head: unnormalized sums of values, largest score, sum of exponentials."""
+    begin(OVERLAP)
+    wait_for_inputs(OVERLAP)  # the position too was written by a kernel, a step ago
     head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     new = tl.load(position).to(tl.int32)  # offsets within a head fit 32 bits
     column = tl.arange(0, HEAD_DIM)
@@ -126,8 +131,11 @@ def combine(
     HEAD_DIM: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The parts of one query head together."""
+    begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     column = tl.arange(0, HEAD_DIM)

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..overlap import may_overlap
 from .kernels import attend, combine
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def decode_attention(
     kv_heads, length, head_dim = cache.keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     parts = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, kv_heads)), 32, triton.cdiv(length, ROWS))
+    overlap = may_overlap(qkv.device)
     out = qkv.new_empty(1, heads * head_dim)
     sums = torch.empty(heads, parts, head_dim, dtype=torch.float32, device=qkv.device)
     weights = torch.empty(2, heads, parts, dtype=torch.float32, device=qkv.device)  # largest score, sum of exponentials
@@ -73,7 +75,19 @@ def decode_attention(
         QUERIES=QUERIES,
         ROWS=ROWS,
         WIDE=qkv.device.type == "cpu",  # Triton's interpreter has no bfloat16 matmul
+        OVERLAP=overlap,
         num_warps=4,
+        launch_pdl=overlap,
     )
-    combine[(heads,)](sums, weights, out, heads, HEAD_DIM=head_dim, PARTS=parts, BLOCK=triton.next_power_of_2(parts))
+    combine[(heads,)](
+        sums,
+        weights,
+        out,
+        heads,
+        HEAD_DIM=head_dim,
+        PARTS=parts,
+        BLOCK=triton.next_power_of_2(parts),
+        OVERLAP=overlap,
+        launch_pdl=overlap,
+    )
     return out
