@@ -96,10 +96,12 @@ def start_generation(options: GenerationOptions, dtype: torch.dtype, device: tor
         The generation, of which nothing has been computed yet, and a remark for the user, perhaps empty.
 
     Raises:
-        InputError: the prompt does not fit the model's context, or ``chat`` without a chat template.
+        InputError: the prompt does not fit the model's context, ``chat`` without a chat template, or a checkpoint in a
+            container of its own (GGUF, ONNX).
         CheckpointError: a tensor is missing, unexpected or of a wrong shape.
     """
     sampler = Sampler(options.temperature, options.top_p, options.seed, device)
+    _refuse_containers(Path(options.checkpoint).expanduser())
     folder = resolve_model(options.checkpoint, trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     ids = _prompt_ids(tokenizer, options.prompt, options.chat, folder)
@@ -112,6 +114,15 @@ def start_generation(options: GenerationOptions, dtype: torch.dtype, device: tor
     new, remark = _fitting(model, ids.shape[1], options.max_new_tokens)
     decoder = make_decoder(model, ids.shape[1] + new, graph=options.cuda_graph)
     return Generation(decoder, tokenizer, ids, sampler, new, _stop_tokens(folder, tokenizer)), remark
+
+
+def _refuse_containers(path: Path) -> None:
+    """Raises for what is no folder of safetensors but can be made one."""
+    if not path.is_file() and not any(path.glob("*.onnx")):
+        return
+    with open_checkpoint(path) as checkpoint:
+        form = checkpoint.format.id if checkpoint.format else "dense"
+    raise InputError(f"{path} is {form}, which is not run directly; convert it first: eqat export {path} --to native")
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, folder: Path) -> Tensor:

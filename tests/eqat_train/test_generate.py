@@ -273,9 +273,15 @@ def test_what_cannot_be_run_is_refused(native: Path, tmp_path: Path) -> None:
         invoke(tmp_path / "nowhere", "hello")
     with pytest.raises(InputError, match="impl is 'other'"):
         invoke(native, "hello", "--impl", "other", "--device", "cpu")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match="is a file"):
-        invoke(tmp_path / "model.gguf", "hello")
+
+
+def test_containers_are_refused_with_the_export_that_helps(native: Path, tmp_path: Path) -> None:
+    export = [sys.executable, "-m", "eqat_export", "export", str(native), "--quiet"]
+    for format_id, name in (("onnx", "onnx"), ("gguf", "model.gguf")):
+        out = tmp_path / name
+        subprocess.run([*export, "--to", format_id, "--out", str(out)], cwd=ROOT, check=True)
+        with pytest.raises(InputError, match=rf"is {format_id}.*eqat export {out} --to native"):
+            invoke(out, "hello")
 
 
 def test_ctrl_c_ends_with_the_text_so_far(native: Path) -> None:
