@@ -137,6 +137,14 @@ def test_a_replayed_step_gives_what_a_step_gives(
     assert torch.equal(read(plain, ids, 5), read(graphed, ids, 5))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["--cuda-graph", "--no-cuda-graph"])
+def test_the_command_writes_the_same_text_on_a_gpu(native: Path, graph: str) -> None:
+    options = ("the cat", "--max-new-tokens", 20, "--temperature", 0, "--dtype", "float32")
+    expected = invoke(native, *options, "--device", "cpu").stdout
+    assert invoke(native, *options, "--device", "cuda", graph).stdout == expected
+
+
 def test_the_likeliest_token_at_temperature_zero() -> None:
     logits = torch.tensor([0.0, 3.0, 1.0])
     assert Sampler(0.0, 1.0, 0, CPU)(logits).tolist() == [[1]]
