@@ -1,4 +1,4 @@
-"""``eqat train`` and ``eqat eval``, mounted by the root command.
+"""``eqat train``, ``eqat eval`` and ``eqat generate``, mounted by the root command.
 
 Importing this module loads typer and nothing heavy: commands import what they need when they run. The options of
 ``train`` are the fields of ``TrainConfig``.
@@ -34,6 +34,13 @@ EVAL_HELP = (
     "Documents are tokenized without special tokens, each followed by the end-of-text token, and concatenated; "
     "the first token of a window is not predicted."
 )
+GENERATE_HELP = (
+    "Continue a prompt, and print the text as it is generated.\n\n"
+    "CHECKPOINT may be in any format that eqat reads from a folder, or in full precision. On a GPU quantized layers "
+    "stay packed; on a CPU they are dequantized when loaded unless --impl says reference. "
+    "The text alone goes to stdout, the speed to stderr. Ctrl-C ends it with the text so far and exit code 130."
+)
+INTERRUPTED = 130
 
 
 def train(config: Path | None = None, as_json: bool = False, quiet: bool = False, **given: Any) -> None:
@@ -135,3 +142,49 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     eval_command(options, as_json=as_json, quiet=quiet)
+
+
+@app.command("generate", help=GENERATE_HELP)
+def generate(
+    *,
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder in any known format, or a hub id.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The text ends after so many tokens at the latest.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Keep the likeliest tokens that together have this probability.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="The same seed gives the same text.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.")
+    ] = "auto",
+    impl: Annotated[
+        str, typer.Option(help="auto, triton or reference: who computes packed layers; auto is triton on a GPU.")
+    ] = "auto",
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay decoding steps from a CUDA graph.")
+    ] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let Python files of the folder run.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text and errors only.")] = False,
+) -> None:
+    """Runs ``eqat generate``."""
+    from .commands import GenerationOptions, generate_command  # noqa: PLC0415
+
+    options = GenerationOptions(
+        checkpoint=checkpoint,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        impl=impl,
+        cuda_graph=cuda_graph,
+        trust_remote_code=trust_remote_code,
+    )
+    if not generate_command(options, device=device, dtype=dtype, quiet=quiet):
+        raise typer.Exit(INTERRUPTED)

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from .config import build_config, context_window
 from .data import evaluation_windows, open_source, token_stream
 from .evaluate import generate_sample, perplexity
 from .hardware import resolve_device, resolve_dtype
+from .inference.session import GenerationOptions, start_generation
 from .models.loading import load_config, load_dense_model, load_tokenizer, resolve_model
 from .pipeline.train import train
 from .reporting.progress import Reporter
 from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
 
-__all__ = ["EvalOptions", "eval_command", "train_command"]
+__all__ = ["EvalOptions", "GenerationOptions", "eval_command", "generate_command", "train_command"]
 
 
 def train_command(given: Mapping[str, Any], *, config: Path | None, as_json: bool, quiet: bool) -> None:
@@ -87,6 +88,35 @@ def eval_command(options: EvalOptions, *, as_json: bool, quiet: bool) -> None:
     )
     if quiet and not as_json:
         print(value)
+
+
+def generate_command(options: GenerationOptions, *, device: str, dtype: str, quiet: bool) -> bool:
+    """``eqat generate``; False when it was interrupted.
+
+    The text goes to stdout and nothing else does, so that it can be piped; remarks and figures go to stderr.
+    """
+    silence_libraries()
+    place = resolve_device(device)
+    if options.prompt == "-":
+        options = replace(options, prompt=sys.stdin.read())
+    generation, remark = start_generation(options, resolve_dtype(dtype, place), place)
+    if remark and not quiet:
+        print(remark, file=sys.stderr)
+    complete = True
+    try:
+        for text in generation:
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        complete = False
+    print(generation.rest(), flush=True)
+    if not quiet:
+        rate = f": {generation.tokens_per_second:.1f} tokens/s" if generation.tokens_per_second else ""
+        print(
+            f"{generation.prompt_tokens} prompt tokens in {generation.prompt_seconds:.2f} s, "
+            f"{generation.new_tokens} new ones in {generation.seconds:.2f} s{rate}",
+            file=sys.stderr,
+        )
+    return complete
 
 
 def choose_reporter(as_json: bool, quiet: bool) -> Reporter:

@@ -8,21 +8,20 @@ nothing else can change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from formats import QuantizedLinear, get_format
+from formats import get_format
 from formats.checkpoint import CheckpointWriter
-from formats.errors import CheckpointError, InputError
+from formats.errors import InputError
 from formats.model import Checkpoint
 from formats.model_writer import write_layer, write_model_config
 
-from ..models.decoder import find_decoder_layers
-from ..models.loading import build_skeleton, fill_model_
+from ..models.packed import load_packed
 from .quant_linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -81,13 +80,13 @@ def load_packed_model(
     folder = checkpoint.reader.folder
     if not checkpoint.layer_names:
         raise InputError(f"{folder} is in full precision; E2E-QP trains the scales of a native or GPTQ checkpoint")
-    model = build_skeleton(folder, compute_dtype, trust_remote_code=trust_remote_code)
-    _, layers = find_decoder_layers(model)
-    linears = {}
-    for name in checkpoint.layer_names:
-        linears[name] = _swap_linear_(model, name, checkpoint.layer(name), scale_dtype).to(device)
-    filled = {f"{name}.{local}" for name, linear in linears.items() for local in linear.state_dict()}
-    fill_model_(model, _passthrough(checkpoint, compute_dtype), device, folder, filled=filled)
+    model, layers, linears = load_packed(
+        checkpoint,
+        lambda name: QuantLinear.from_layer(checkpoint.layer(name), scale_dtype=scale_dtype),
+        compute_dtype,
+        device,
+        trust_remote_code=trust_remote_code,
+    )
     return PackedModel(model, linears, layers)
 
 
@@ -110,35 +109,3 @@ def write_trained(writer: CheckpointWriter, checkpoint: Checkpoint, linears: Map
         overrides=checkpoint.overrides,
     )
     writer.copy_companions(checkpoint.reader.folder)
-
-
-def _swap_linear_(model: nn.Module, name: str, layer: QuantizedLinear, scale_dtype: torch.dtype) -> QuantLinear:
-    linear = _linear(model, name)
-    if (linear.out_features, linear.in_features) != (layer.out_features, layer.in_features):
-        raise CheckpointError(
-            f"quantized layer {name} is {layer.out_features} x {layer.in_features}; config.json describes "
-            f"{linear.out_features} x {linear.in_features}"
-        )
-    if (linear.bias is None) != (layer.bias is None):
-        has, wants = ("no bias", "one") if layer.bias is None else ("a bias", "none")
-        raise CheckpointError(f"quantized layer {name} has {has}; config.json describes {wants}")
-    packed = QuantLinear.from_layer(layer, scale_dtype=scale_dtype)
-    parent, _, local = name.rpartition(".")
-    setattr(model.get_submodule(parent), local, packed)
-    return packed
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as exc:
-        raise CheckpointError(f"quantized layer {name} does not exist in a {type(model).__name__}") from exc
-    if not isinstance(module, nn.Linear):
-        raise CheckpointError(f"quantized layer {name} is a {type(module).__name__} here; expected a torch.nn.Linear")
-    return module
-
-
-def _passthrough(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name in checkpoint.passthrough_names:
-        tensor = checkpoint.get(name)
-        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -73,9 +73,9 @@ def test_every_setting_is_an_option_in_the_help(monkeypatch: pytest.MonkeyPatch)
     assert "name[:config[:split]]" in shown  # brackets are not markup
 
 
-def test_the_help_of_both_commands_fits_sixty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_help_of_every_command_fits_sixty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    for command in ("train", "eval"):
+    for command in ("train", "eval", "generate"):
         assert all(len(line) <= 60 for line in invoke(command, "--help").splitlines())
 
 

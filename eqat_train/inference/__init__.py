@@ -1,0 +1,1 @@
+"""Running a quantized model: packed linears, transformers' loader, and the decoding loop behind ``eqat generate``."""

@@ -1,0 +1,27 @@
+"""Residual addition and RMS normalization in one: ``s = x + delta``, ``y = weight * (s / rms(s))``. For inference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dispatch import run
+
+__all__ = ["add_rms_norm"]
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The sum, rounded to the dtype, and its normalization: ``rms(s) = sqrt(mean(s**2) + epsilon)`` in float32.
+
+    Args:
+        x: floating ``[rows, features]``.
+        delta: as ``x``, or None for no addition.
+        weight: ``[features]`` in the dtype of ``x``.
+        epsilon: under the root.
+        impl: see :mod:`eqat_train.ops.dispatch`.
+
+    Returns:
+        ``s`` and ``y``, each ``[rows, features]`` in the dtype of ``x``; ``s`` is ``x`` itself without a delta.
+    """
+    return run("add_rms_norm", impl, x.device, x, delta, weight, epsilon)
