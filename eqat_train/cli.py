@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from .options import TrainConfig
+from .quiet import quiet_imports
 
 __all__ = ["app"]
 
@@ -45,6 +46,7 @@ INTERRUPTED = 130
 
 def train(config: Path | None = None, as_json: bool = False, quiet: bool = False, **given: Any) -> None:
     """Runs ``eqat train``; ``given`` holds the settings by name, None where nothing was said."""
+    quiet_imports()
     from .commands import train_command  # noqa: PLC0415
 
     train_command(given, config=config, as_json=as_json, quiet=quiet)
@@ -126,6 +128,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Runs ``eqat eval``."""
+    quiet_imports()
     from .commands import EvalOptions, eval_command  # noqa: PLC0415
 
     options = EvalOptions(
@@ -172,6 +175,7 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text and errors only.")] = False,
 ) -> None:
     """Runs ``eqat generate``."""
+    quiet_imports()
     from .commands import GenerationOptions, generate_command  # noqa: PLC0415
 
     options = GenerationOptions(
