@@ -171,6 +171,9 @@ def check_runtime(checkpoint: Checkpoint, runtime: Runtime, ids: Tensor | None =
             result.refusal = f"{type(error).__name__}: {error}"
             return result
         for name in checkpoint.layer_names:
+            if ".experts." in name and session.layer(name) is None:
+                result.refusal = f"keeps the experts beside {name} in one parameter and has no quantized layer for them"
+                return result
             _compare_layer(checkpoint, session, name, theirs is None, device, result)
         if theirs is not None:
             _compare_logits(checkpoint, session, ids, theirs, device, result)

@@ -19,6 +19,7 @@ from eqat_export.diagnosis.survey import Survey
 from eqat_export.diagnosis.values import ValueChecks
 from eqat_export.findings import Finding, error, note, warning
 from formats.checkpoint_reader import QUANTIZATION_FILES, read_json
+from formats.compressed_tensors_config import matches
 from formats.errors import CheckpointError, InvalidLayerError
 from formats.gptq import GptqV2Format, dynamic_rules
 from formats.gptq_zeros import ZeroDiagnosis, diagnose_zeros, has_zero_label
@@ -96,10 +97,12 @@ def _check_modules(checkpoint: Checkpoint) -> Iterator[Finding]:
     if not checkpoint.reader.quantization_config:
         return
     blocks = {_block(name) for name in checkpoint.layer_names}
+    targets = checkpoint.reader.quantization_config.get("ignore") or ()  # compressed-tensors'
     for name in checkpoint.passthrough_names:
         module, _, local = name.rpartition(".")
         linear = local == "weight" and len(checkpoint.reader.tensors[name].shape) == 2 and _block(module) in blocks
-        if linear and not any(pattern.match(module) for pattern in ignored):
+        kept = any(pattern.match(module) for pattern in ignored) or any(matches(target, module) for target in targets)
+        if linear and not kept:
             yield warning(module, "is in full precision among quantized layers, and the configuration does not say so")
 
 

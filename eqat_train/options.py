@@ -119,6 +119,9 @@ class TrainConfig:
     min_lr_factor: float = _option(
         20.0, "Block-AP", "The cosine schedule ends at the learning rate divided by this.", metavar="X", least=1
     )
+    min_expert_tokens: int = _option(
+        256, "Block-AP", "An expert that sees fewer training tokens stays rounded to the nearest.", least=0
+    )
     weight_decay: float = _option(0.0, "Block-AP", "AdamW's weight decay, for E2E-QP as well.", metavar="X", least=0)
 
     e2e_samples: int = _option(4096, "E2E-QP", "Training windows, or instruction examples.", least=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .affine import dequantize, expand_groups
 from .base import NO_OVERRIDES, EncodedLayer, Exactness, FormatOption, PackedFormat
+from .container import SourceModel
 from .errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from .packed import PackedLinear
 from .qweight import config_integer
@@ -151,6 +153,19 @@ class MlxFormat(PackedFormat):
         """The model-wide fields, False for each module in full precision, an object for each override."""
         own = {name: _fields(override) for name, override in overrides.items()}
         return _fields(scheme) | dict.fromkeys(ignore, False) | own
+
+    def create(self, out: Path, source: SourceModel, *, shard_size: int, force: bool) -> None:
+        """A folder, as ever.
+
+        Raises:
+            UnsupportedSchemeError: the model is a mixture of experts.
+        """
+        expert = next((name for name in source.layer_names if ".experts." in name), None)
+        if expert is not None:
+            raise UnsupportedSchemeError(
+                f"layer {expert}: mlx-lm takes a layer's experts stacked in one (switch_mlp), which is not written",
+                instead=("gptq_v2", "compressed-tensors"),
+            )
 
     def adapted_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """With the rotary embedding's fields at the top as well, where most of mlx-lm's models look for them.

@@ -13,16 +13,29 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
-__all__ = ["ARCHITECTURES", "HIDDEN_SIZE", "SEQUENCE", "VOCABULARY", "save_tiny_model", "tiny_config", "tiny_tokens"]
+__all__ = [
+    "ARCHITECTURES",
+    "HIDDEN_SIZE",
+    "MIXTURES",
+    "SEQUENCE",
+    "VOCABULARY",
+    "save_tiny_model",
+    "tiny_config",
+    "tiny_tokens",
+]
 
 HIDDEN_SIZE = 64
 VOCABULARY = 257  # every byte, and <|endoftext|> as id 0
@@ -52,10 +65,23 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "smollm3": lambda: SmolLM3Config(**_SHAPE, no_rope_layer_interval=2),
 }
 
+# Mixtures of four experts, two a token; Qwen2's first layer is an ordinary one.
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_SHAPE, **_EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=96, mlp_only_layers=[0]
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SHAPE, **_EXPERTS, head_dim=16, moe_intermediate_size=64, norm_topk_prob=True
+    ),
+    "olmoe": lambda: OlmoeConfig(**_SHAPE, **_EXPERTS),
+}
+
 
 def tiny_config(architecture: str) -> PreTrainedConfig:
-    """Configuration of a two-layer model; ``architecture`` is a key of ``ARCHITECTURES``."""
-    return ARCHITECTURES[architecture]()
+    """Configuration of a two-layer model; ``architecture`` is a key of ``ARCHITECTURES`` or ``MIXTURES``."""
+    return (ARCHITECTURES | MIXTURES)[architecture]()
 
 
 def tiny_tokens(samples: int, sequence: int = SEQUENCE, seed: int = 0) -> torch.Tensor:

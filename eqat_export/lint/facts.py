@@ -25,8 +25,9 @@ Of each layer: bits, group_size, sym and desc_act as configured; symmetric and a
 not -1); whole_groups (group_size divides in_features); fused (engines compute it as a part of another linear);
 fused_out and fused_bits (out_features and bits of a column of that linear, or its own); scale_dtype; lowest_zero,
 highest_zero; override (its scheme is not the model's); fused_override (so, as a part of a fused linear); fused_alike
-(the parts of its fused linear have one scheme); ggml_type; of compressed-tensors weight_packed, weight_scale,
-weight_zero_point and weight_shape (``stored.py`` has what of them).
+(the parts of its fused linear have one scheme); expert (it belongs to one expert of a mixture); experts_alike (all
+linears of that mixture have one scheme); expert_names (``own`` where its path has Mixtral's w1, w2 and w3); ggml_type;
+of compressed-tensors weight_packed, weight_scale, weight_zero_point and weight_shape (``stored.py`` has what of them).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ Facts = Mapping[str, Value]
 
 # Linears that vllm and sglang compute as one (packed_modules_mapping of their Llama; most models name them alike).
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_MIXTRAL = ("w1", "w2", "w3")
 _MEANINGS = {"gptq": "less one", "gptq_v2": "raw"}
 _GGML_UNITS = {9: "Q2_0", 18: "Q4_0", 22: "Q5_0", 34: "Q8_0"}  # bytes for 32 weights
 
@@ -63,7 +65,12 @@ def facts_of(checkpoint: Checkpoint, survey: Survey) -> dict[str, Facts]:
         return {"": model}
     schemes = _schemes(checkpoint)
     return {
-        name: {**model, **_layer_facts(checkpoint, survey, name, scheme), **_fused_facts(checkpoint, schemes, name)}
+        name: {
+            **model,
+            **_layer_facts(checkpoint, survey, name, scheme),
+            **_fused_facts(checkpoint, schemes, name),
+            **_expert_facts(schemes, name),
+        }
         for name, scheme in schemes.items()
     }
 
@@ -176,6 +183,19 @@ def _fused_facts(checkpoint: Checkpoint, schemes: Mapping[str, QuantScheme], nam
     if all(sizes):
         facts |= _fused_size(sum(size[0] for size in sizes if size), bits)
     return facts
+
+
+def _expert_facts(schemes: Mapping[str, QuantScheme], name: str) -> dict[str, Value]:
+    mixture, expert, within = name.partition(".experts.")
+    if not expert:
+        return {"expert": False}
+    kinds = {
+        (scheme.bits, scheme.group_size, scheme.sym)
+        for other, scheme in schemes.items()
+        if other.startswith(f"{mixture}.experts.")
+    }
+    names = "own" if within.rpartition(".")[2] in _MIXTRAL else "usual"
+    return {"expert": True, "experts_alike": len(kinds) == 1, "expert_names": names}
 
 
 def _fused_size(out_features: int, bits: int) -> dict[str, Value]:

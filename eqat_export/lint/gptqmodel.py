@@ -53,6 +53,14 @@ ENGINE = Engine(
             needs=({"gptqmodel_quantizer": (True,)},),
         ),
         Rule(
+            "mixtral",
+            (*_GPTQ, "bitblas", "awq"),
+            "refused",
+            "looks for Mixtral's experts under mlp.experts.N.gate_proj, not under the names of the model's own files",
+            "models/definitions/mixtral.py module_tree",
+            needs=({"expert": (False,)}, {"expert_names": ("usual",)}),
+        ),
+        Rule(
             "bits",
             _GPTQ,
             "refused",

@@ -114,6 +114,16 @@ ENGINE = Engine(
             routes=(*_GGUF, "dense"),
         ),
         Rule(
+            "ct-experts",
+            ("compressed-tensors",),
+            "refused",
+            "builds all experts of a layer with the scheme of the first one, and here they differ",
+            f"{_LAYERS}/compressed_tensors/compressed_tensors.py get_moe_scheme",
+            when={"expert": (True,)},
+            needs=({"experts_alike": (True,)},),
+            routes=(*_GGUF, "dense"),
+        ),
+        Rule(
             "configured",
             (*_GPTQ, "awq", "auto-round"),
             "argument",

@@ -80,6 +80,15 @@ ENGINE = Engine(
             routes=("compressed-tensors", "dense"),
         ),
         Rule(
+            "experts",
+            (*_GPTQ, "awq", "auto-round"),
+            "misread",
+            "keeps a layer's experts in one parameter, for which it has no quantized layer, and fills it at random",
+            f"{_OPTIMUM} convert_model; models/mixtral/modeling_mixtral.py MixtralExperts and its likes",
+            needs=({"expert": (False,)},),
+            routes=("dense",),
+        ),
+        Rule(
             "gptq-zeros",
             _GPTQ,
             "misread",
@@ -128,6 +137,16 @@ ENGINE = Engine(
             "with dequantize=True reads every layer by one config group, and here layers differ",
             "integrations/compressed_tensors.py CompressedTensorsDequantize",
             needs=({"override": (False,)},),
+            routes=("dense",),
+        ),
+        Rule(
+            "ct-experts",
+            ("compressed-tensors",),
+            "refused",
+            "gathers experts without their zero-points and cannot decompress them",
+            "integrations/compressed_tensors.py CompressedTensorsDequantize; conversion_mapping.py",
+            when={"sym": (False,)},
+            needs=({"expert": (False,)},),
             routes=("dense",),
         ),
         Rule(

@@ -186,6 +186,16 @@ RULES = (
         needs=({"ignored_apart": ("none",)},),
     ),
     Rule(
+        "ct-experts",
+        _FORMAT,
+        "refused",
+        "builds all experts of a layer with the scheme of the first one, and here they differ",
+        f"{_LOADER}/compressed_tensors_moe/compressed_tensors_moe.py get_moe_method",
+        when={"expert": (True,)},
+        needs=({"experts_alike": (True,)},),
+        routes=("dense",),
+    ),
+    Rule(
         "ct-words",
         _FORMAT,
         "refused",
@@ -202,7 +212,7 @@ RULES = (
         "refused",
         "has no CUDA kernel for {bits} bits in groups of {group_size} at {fused_out} x {in_features}",
         f"{_KERNELS}/; {_HUMMING}",
-        when={"bits": _BITS},  # others are ct-bits' affair
+        when={"bits": _BITS, "expert": (False,)},  # other bits are ct-bits' affair; experts have kernels of their own
         needs=tuple(taken for kernel in KERNELS for taken in kernel.takes),
         routes=("dense",),
     ),

@@ -91,6 +91,9 @@ _OF_THE_LAYER = (
     "override",
     "fused_override",
     "fused_alike",
+    "expert",
+    "experts_alike",
+    "expert_names",
     "lowest_zero",
     "highest_zero",
 )

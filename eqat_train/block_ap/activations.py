@@ -10,22 +10,41 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from formats.errors import InputError
 
-__all__ = ["ActivationStore", "Place", "PlaceChoice", "choose_place"]
+from ..models.experts import features_per_token
+
+__all__ = ["ActivationStore", "Place", "PlaceChoice", "bytes_to_train", "choose_place"]
 
 Place = Literal["gpu", "ram", "disk"]
 
 # Share of free memory that activations may take; the rest is for the block in training and everything else.
 _GPU_SHARE, _RAM_SHARE, _DISK_SHARE = 0.6, 0.6, 0.95
+
+
+def bytes_to_train(layers: Iterable[nn.Module], tokens: int) -> int:
+    """Device bytes that training the largest block takes, roughly.
+
+    32 a parameter (weight, gradient, two moments, dequantized weight, copies in the compute dtype), and 16 for each
+    element that enters or leaves a linear.
+
+    Args:
+        layers: the blocks.
+        tokens: of a batch.
+    """
+    return max(
+        32 * sum(p.numel() for p in layer.parameters()) + round(16 * tokens * features_per_token(layer))
+        for layer in layers
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -33,20 +34,22 @@ from formats.model_writer import write_model_config
 
 from ..hardware import peak_memory
 from ..models.decoder import find_decoder_layers, is_quantizable
+from ..models.experts import check_experts, count_tokens
 from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
 from ..overrides import choose_schemes, describe_overrides
 from ..reporting.progress import Reporter
 from ..resume.stage import StageRecord
-from .activations import ActivationStore, Place, choose_place
+from .activations import ActivationStore, Place, bytes_to_train, choose_place
 from .block_files import BlockFiles
 from .capture import BlockCall, Capture
 from .checks import check_linear, check_tokens
 from .passes import Streams, advance_, forward_spans, validate
 from .settings import BlockApReport, BlockApSettings, BlockReport
+from .starved_experts import report_experts, starved_linears
 from .trainable_block import TrainableBlock, put_numbers_
 from .trainer import train_block
 from .unfinished import block_ap_identity, block_report, going_on, report_from
-from .untouched import untouched_parameters
+from .untouched import has_matrix, untouched_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,7 +153,8 @@ class _Run:
         outside = [name for name, module in model.named_modules() if is_quantizable(module) and module not in inside]
         linears = [name for module, name in inside.items() if is_quantizable(module)]
         self.schemes = choose_schemes(linears, settings.scheme, settings.overrides, outside=outside)
-        self.ignore = [*outside, *(name for name, scheme in self.schemes.items() if scheme is None)]
+        kept = [name for m, name in inside.items() if has_matrix(m) and self.schemes.get(name) is None]
+        self.ignore = [*outside, *kept]
         self.parameters = {
             f"{self.path}.{i}.{name}"
             for i, layer in enumerate(self.layers)
@@ -163,6 +167,7 @@ class _Run:
         """Refuses what would fail later: a scheme that does not fit, or a file whose tensors are not the model's."""
         check_names(self.model, self.reader.tensors, self.reader.folder)
         for index, layer in enumerate(self.layers):
+            check_experts(layer, f"{self.path}.{index}")
             for name, module in layer.named_modules():
                 scheme = self.schemes.get(f"{self.path}.{index}.{name}")
                 if scheme is not None and isinstance(module, nn.Linear):
@@ -222,7 +227,7 @@ class _Run:
                 nbytes,
                 self.device,
                 work_dir,
-                reserved=self._reserved(train),
+                reserved=bytes_to_train(self.layers, min(self.settings.batch_size, len(train)) * train.shape[1]),
                 dtype=activation_dtype,
             )
             self.reporter.message(str(choice))
@@ -244,19 +249,6 @@ class _Run:
                 splits.append(Streams(full, quantized))
         return calls, (splits[0], splits[1]), choice.place
 
-    def _reserved(self, train: Tensor) -> int:
-        """Device bytes that training the largest block takes, roughly.
-
-        32 a parameter (weight, gradient, two moments, dequantized weight, copies in the compute dtype), and 16 for
-        each element that enters or leaves a linear.
-        """
-        tokens = min(self.settings.batch_size, len(train)) * train.shape[1]
-        return max(
-            32 * sum(p.numel() for p in layer.parameters())
-            + 16 * tokens * sum(m.in_features + m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
-            for layer in self.layers
-        )
-
     def _load(self, index: int) -> nn.Module:
         prefix, layer = f"{self.path}.{index}", self.layers[index]
         load_parameters_(layer, prefix, self.reader, self.device, torch.float32)
@@ -268,13 +260,13 @@ class _Run:
                 )
         return layer
 
-    def _trainable(self, index: int) -> TrainableBlock:
+    def _trainable(self, index: int, rounded: Container[str] = ()) -> TrainableBlock:
         prefix = f"{self.path}.{index}"
         stored = {
             name: self.reader.tensors[f"{prefix}.{name}"].dtype for name, _ in self.layers[index].named_parameters()
         }
         settings, schemes = self.settings, self._block_schemes(index)
-        return TrainableBlock(self.layers[index], schemes, settings.scale_dtype, stored, settings.zero_range)
+        return TrainableBlock(self.layers[index], schemes, settings.scale_dtype, stored, settings.zero_range, rounded)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -332,11 +324,13 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         layer = self._load(index)
-        for split in (train, val):  # the full-precision stream becomes the target
-            advance_(split.full, layer, call, self.dtype)
+        with count_tokens(layer) as seen:
+            advance_(train.full, layer, call, self.dtype)  # the full-precision stream becomes the target
+        advance_(val.full, layer, call, self.dtype)
         if not self._block_schemes(index):
             return self._pass_block(files, index, call, train, val, started)
-        block = self._trainable(index)
+        report_experts(self.reporter, index, seen, settings.min_expert_tokens)
+        block = self._trainable(index, starved_linears(layer, seen, settings.min_expert_tokens))
         start_val_loss = validate(block, call, val, self.dtype)
         if start_val_loss is not None and not math.isfinite(start_val_loss):
             raise InputError(

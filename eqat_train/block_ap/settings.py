@@ -38,6 +38,8 @@ class BlockApSettings:
         compute_dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 on a GPU.
         device: where to train; None is the GPU if there is one.
         zero_range: lowest and highest zero-point to use; None for 0 to maxq.
+        min_expert_tokens: training tokens that an expert of a mixture has to see; with fewer it is rounded to the
+            nearest and not trained.
         activations: where hidden states are kept; "auto" is the fastest place with room.
         activation_dtype: what hidden states are kept in; None is float32.
         execution: how a step runs on a GPU: "eager" launches its kernels one by one, "graph" replays them as one CUDA
@@ -58,13 +60,14 @@ class BlockApSettings:
     compute_dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     zero_range: tuple[int, int] | None = None
+    min_expert_tokens: int = 256
     activations: Place | Literal["auto"] = "auto"
     activation_dtype: torch.dtype | None = None
     execution: Literal["auto", "eager", "graph", "compile"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("epochs", 0), ("batch_size", 1)):
+        for name, lowest in (("epochs", 0), ("batch_size", 1), ("min_expert_tokens", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < lowest:
                 raise InputError(f"{name} is {value!r}; allowed are integers from {lowest}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from formats.errors import InputError
 
 from ..error_text import first_line
+from ..models.experts import Experts
 from ..ops.fake_quant_adamw import AdamW, Moments, fake_quant_adamw_, schedule_row
 from .capture import BlockCall
 from .passes import autocast, reconstruction_loss
@@ -72,9 +73,16 @@ def block_steps(
     if not settings.fuses_steps():
         return AutogradSteps(block, call, settings, total, example.device)
     steps = FusedSteps(block, call, settings, total, example.device)
+    required = settings.execution not in ("auto", "eager")
+    if any(isinstance(module, Experts) for module in block.block.modules()):
+        if required:
+            raise InputError(
+                f"execution is {settings.execution}, but each expert of this mixture gets other tokens in every step, "
+                "which no graph or compiled step allows for; use execution auto or eager"
+            )
+        return steps
     if settings.execution == "eager":
         return steps
-    required = settings.execution != "auto"
     flops = (
         6.0 * settings.batch_size * example.shape[0] * sum(linear.weight.numel() for linear in block.linears.values())
     )

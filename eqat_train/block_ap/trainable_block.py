@@ -7,7 +7,7 @@ straight-through, in every forward, to the dtype in which they will be stored; o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class TrainableBlock:
         scale_dtype: dtype in which scales are stored.
         stored_dtypes: local parameter name -> dtype in which it is stored if it is not quantized.
         zero_range: lowest and highest zero-point of every linear; None for all of them.
+        rounded: local paths of linears among ``schemes`` that are rounded to the nearest and not trained.
     """
 
     def __init__(
@@ -41,17 +42,26 @@ class TrainableBlock:
         scale_dtype: torch.dtype,
         stored_dtypes: Mapping[str, torch.dtype],
         zero_range: tuple[int, int] | None = None,
+        rounded: Container[str] = (),
     ) -> None:
         self.block, self._stored_dtypes = block, stored_dtypes
         self.linears: dict[str, FakeQuantLinear] = {}
+        self._rounded: dict[str, QuantizedLinear] = {}
         for name, module in list(block.named_modules()):
             if name in schemes and isinstance(module, nn.Linear):
-                self.linears[name] = FakeQuantLinear(module, schemes[name], scale_dtype, zero_range)
-                block.set_submodule(name, self.linears[name])
+                linear = FakeQuantLinear(module, schemes[name], scale_dtype, zero_range)
+                if name in rounded:
+                    self._rounded[name] = linear.quantized(stored_dtypes.get(f"{name}.bias", torch.float16))
+                    block.set_submodule(name, _plain_linear(self._rounded[name]))
+                else:
+                    self.linears[name] = linear
+                    block.set_submodule(name, linear)
         quantized = {id(p) for linear in self.linears.values() for p in (linear.weight, linear.scales, linear.zeros)}
-        untouched = set(untouched_parameters(block, self.linears))
+        untouched = set(untouched_parameters(block, {*self.linears, *self._rounded}))
         self.others = {
-            name: p for name, p in block.named_parameters() if id(p) not in quantized and name not in untouched
+            name: p
+            for name, p in block.named_parameters()
+            if id(p) not in quantized and name not in untouched and name.rpartition(".")[0] not in self._rounded
         }
         block.eval()  # dropout stays off, as in the full-precision block that is the target
 
@@ -86,7 +96,7 @@ class TrainableBlock:
             Quantized layers by local name (bias inside), and every other trained parameter in its stored dtype.
         """
         biases = {f"{name}.bias" for name in self.linears}
-        layers = {
+        layers = self._rounded | {
             name: linear.quantized(self._stored_dtypes.get(f"{name}.bias", torch.float16))
             for name, linear in self.linears.items()
         }

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 
 from torch import nn
 
-__all__ = ["untouched_parameters"]
+__all__ = ["has_matrix", "untouched_parameters"]
 
 
 def untouched_parameters(block: nn.Module, quantized: Container[str]) -> Iterator[str]:
@@ -27,3 +27,9 @@ def untouched_parameters(block: nn.Module, quantized: Container[str]) -> Iterato
         matrix = any(parameter.dim() > 1 for parameter in own.values())
         if idle or (matrix and path not in quantized):
             yield from (f"{path}.{name}" if path else name for name in own)
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """True for a module with a two-dimensional ``weight`` of its own."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2

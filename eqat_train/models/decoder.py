@@ -10,8 +10,11 @@ __all__ = ["find_decoder_layers", "is_quantizable"]
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` and subclasses that keep its forward, the layers that are quantized."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """True for ``nn.Linear`` and subclasses that keep its forward, the layers that are quantized.
+
+    A linear with a single output, such as the gate of a shared expert, is none: no layout packs it.
+    """
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module.out_features > 1
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

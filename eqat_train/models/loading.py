@@ -22,6 +22,7 @@ from formats.errors import CheckpointError, InputError
 from formats.model import Checkpoint, open_checkpoint
 
 from ..error_text import first_line
+from .experts import unfuse_experts_
 from .hub import resolve_model
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """A causal language model with every parameter on the meta device and real buffers, in evaluation mode.
 
+    Its modules have the names of the file: experts that transformers fuses are linears of their own.
+
     Args:
         source: model folder, or its configuration.
         dtype: dtype of the parameters.
@@ -86,6 +89,7 @@ def build_skeleton(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as exc:
         raise InputError(_explain(source, "model", exc)) from exc
+    unfuse_experts_(model)
     return model.eval().requires_grad_(False)
 
 

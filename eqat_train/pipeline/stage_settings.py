@@ -48,6 +48,7 @@ def block_ap_settings(config: TrainConfig) -> BlockApSettings:
         zero_range=_zero_range(config.zeros_in),
         compute_dtype=dtype,
         device=device,
+        min_expert_tokens=config.min_expert_tokens,
         activations=config.activations,  # type: ignore[arg-type]  # one of its choices
         activation_dtype=None if config.activation_dtype == "auto" else DTYPES[config.activation_dtype],
         execution=config.execution,  # type: ignore[arg-type]  # one of its choices

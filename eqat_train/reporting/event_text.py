@@ -53,4 +53,18 @@ def _block(fields: Mapping[str, Any]) -> str | None:
     return f"{line}, {fields['seconds']:.0f} s"
 
 
-_TEXTS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {"block": _block, "data": _data, "e2e_memory": _memory}
+def _experts(fields: Mapping[str, Any]) -> str:
+    tokens, rounded = fields["tokens"], fields["rounded"]
+    line = f"block {fields['index'] + 1}: {len(tokens)} experts saw {min(tokens):,} to {max(tokens):,} tokens each"
+    if not rounded:
+        return line
+    named = ", ".join(map(str, rounded[:8])) + (", ..." if len(rounded) > 8 else "")
+    return f"{line}; {len(rounded)} below {fields['least']:,} stay rounded to the nearest: {named}"
+
+
+_TEXTS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "block": _block,
+    "data": _data,
+    "experts": _experts,
+    "e2e_memory": _memory,
+}

@@ -63,6 +63,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, torch.device):
         return value.type
+    if isinstance(value, Mapping):  # its order may matter, and JSON objects have none
+        return [[name, _plain(item)] for name, item in value.items()]
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value

@@ -102,7 +102,7 @@ def test_every_registered_format_is_known() -> None:
 
 def test_rules_speak_only_of_facts_there_are(symmetric: Make) -> None:
     """A misspelt fact would make a rule that never speaks."""
-    known = {"packing_format", "ggml_type"}
+    known = {"packing_format", "ggml_type", "experts_alike", "expert_names"}
     for form in ("gptq", "compressed-tensors"):
         with open_checkpoint(symmetric(form=form, name=form)) as checkpoint:
             survey = Survey()

@@ -64,6 +64,7 @@ def facts(scheme: QuantScheme, out_features: int = 4096, in_features: int = 4096
         "fused_out": out_features,
         "in_bits": in_features * scheme.bits,
         "fused_bits": out_features * scheme.bits,
+        "expert": False,
     }
 
 

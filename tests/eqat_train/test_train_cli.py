@@ -170,6 +170,7 @@ CHANGES: dict[str, Any] = {
     "lr_scale": 1.0,
     "lr_zero": 1.0,
     "min_lr_factor": 2.0,
+    "min_expert_tokens": 7,
     "weight_decay": 0.5,
     "e2e_samples": 9,
     "e2e_seq_len": 33,
