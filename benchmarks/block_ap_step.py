@@ -12,14 +12,19 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, Row, event_times, write
+from eqat_train.block_ap.activations import ActivationStore, Place
+from eqat_train.block_ap.batches import batches
 from eqat_train.block_ap.capture import BlockCall
-from eqat_train.block_ap.passes import autocast, reconstruction_loss
+from eqat_train.block_ap.passes import Streams, autocast, reconstruction_loss
 from eqat_train.block_ap.settings import BlockApSettings
 from eqat_train.block_ap.steps import AutogradSteps, FusedSteps, GraphedSteps
 from eqat_train.block_ap.trainable_block import TrainableBlock
@@ -28,6 +33,7 @@ from formats import QuantScheme
 
 DEVICE = torch.device("cuda")
 CHECKED_STEPS = 12
+STORED_BATCHES = 8
 # Largest relative difference of a loss: bf16 rounds 1 in 256, and differences of one step grow through the next.
 LOSS_TOLERANCE = 2e-3
 
@@ -107,7 +113,7 @@ def _block(options: argparse.Namespace) -> tuple[nn.Module, BlockCall, Tensor, T
 
 
 def _loops() -> dict[str, Callable[..., tuple[Callable[[], Tensor], int]]]:
-    def of(kind: str) -> Callable[..., tuple[Callable[[], Tensor], int]]:
+    def of(kind: str, place: Place = "gpu") -> Callable[..., tuple[Callable[[], Tensor], int]]:
         def make(
             block: nn.Module, call: BlockCall, x: Tensor, target: Tensor, settings: BlockApSettings
         ) -> tuple[Callable[[], Tensor], int]:
@@ -128,7 +134,10 @@ def _loops() -> dict[str, Callable[..., tuple[Callable[[], Tensor], int]]]:
             if kind == "compile":
                 fused.compile(sys.exit, required=True)
             graphed = GraphedSteps(fused, sys.exit, required=True)
-            return lambda: graphed(x, target), size
+            if place == "gpu":
+                return lambda: graphed(x, target), size
+            stored_batches = _from(place, x, target)
+            return lambda: graphed(*next(stored_batches)), size
 
         return make
 
@@ -139,7 +148,23 @@ def _loops() -> dict[str, Callable[..., tuple[Callable[[], Tensor], int]]]:
         "fused": of("fused"),
         "fused, graph": of("graph"),
         "fused, graph, compile": of("compile"),
+        "fused, graph, from RAM": of("graph", "ram"),
+        "fused, graph, from disk": of("graph", "disk"),
     }
+
+
+def _from(place: Place, x: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batch again and again, from where real runs keep hidden states."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stores = []
+        for name, tensor in (("quantized", x), ("full", target)):
+            shape = (STORED_BATCHES * len(tensor), *tensor.shape[1:])
+            store = ActivationStore(shape, torch.float32, place, DEVICE, Path(folder) / name)
+            stores.append(stack.enter_context(store))
+            for start in range(0, shape[0], len(tensor)):
+                store.write(start, tensor)
+        while True:
+            yield from batches(Streams(full=stores[1], quantized=stores[0]), len(x))
 
 
 def _floor(

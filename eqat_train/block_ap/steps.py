@@ -267,13 +267,17 @@ class GraphedSteps:
         self._steps, self._message, self._required = steps, message, required
         self._graph: torch.cuda.CUDAGraph | None = None
         self._before_capture = WARMUP_STEPS
+        self._shape: torch.Size | None = None
         self._hidden_states = self._target = self._loss = torch.empty(0)
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
-        if self._graph is None and self._before_capture == 0:
+        self._shape = self._shape or hidden_states.shape
+        if hidden_states.shape != self._shape:
+            return self._steps(hidden_states, target)
+        if self._before_capture == 0:
             self._capture(hidden_states, target)
         self._before_capture -= 1
-        if self._graph is None or hidden_states.shape != self._hidden_states.shape:
+        if self._graph is None:
             return self._steps(hidden_states, target)
         self._hidden_states.copy_(hidden_states)
         self._target.copy_(target)
