@@ -62,14 +62,15 @@ def _by_torch(
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (1, 2)])
 @pytest.mark.parametrize(
-    ("bits", "group_size", "rows", "columns", "dtype"),
+    ("bits", "group_size", "rows", "columns", "dtype", "frozen"),
     [
-        (2, 64, 5, 192, torch.bfloat16),
-        (3, 32, 7, 96, torch.float16),
-        (4, -1, 3, 2500, torch.bfloat16),
-        (8, 48, 3, 144, torch.float32),
+        (2, 64, 5, 192, torch.bfloat16, ()),
+        (3, 32, 7, 96, torch.float16, (0,)),
+        (3, 128, 7, 256, torch.bfloat16, (1,)),
+        (4, -1, 3, 2500, torch.bfloat16, (2,)),
+        (4, -1, 3, 2500, torch.float16, ()),
+        (8, 48, 3, 144, torch.float32, (1, 2)),
     ],
 )
 def test_a_few_steps_are_torchs_adamw(
