@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..error_text import first_line
 from ..models.experts import Experts
 from ..ops.fake_quant_adamw import AdamW, Moments, fake_quant_adamw_, schedule_row
 from .capture import BlockCall
+from .differentiation import Differentiation
 from .passes import autocast, reconstruction_loss
 from .trainable_block import TrainableBlock
 
@@ -73,9 +74,8 @@ def block_steps(
     if not settings.fuses_steps():
         return AutogradSteps(block, call, settings, total, example.device)
     steps = FusedSteps(block, call, settings, total, example.device)
-    required = settings.execution not in ("auto", "eager")
     if any(isinstance(module, Experts) for module in block.block.modules()):
-        if required:
+        if settings.execution in ("graph", "compile"):
             raise InputError(
                 f"execution is {settings.execution}, but each expert of this mixture gets other tokens in every step, "
                 "which no graph or compiled step allows for; use execution auto or eager"
@@ -83,12 +83,13 @@ def block_steps(
         return steps
     if settings.execution == "eager":
         return steps
+    notify = message if settings.execution == "auto" else None
     flops = (
         6.0 * settings.batch_size * example.shape[0] * sum(linear.weight.numel() for linear in block.linears.values())
     )
     if settings.execution == "compile" or (not required and flops * total / MATMUL_RATE > COMPILE_SECONDS):
-        steps.compile(message, required=required)
-    return GraphedSteps(steps, message, required=required)
+        steps.differentiate.compile(notify)
+    return GraphedSteps(steps, notify)
 
 
 class AutogradSteps:
@@ -144,9 +145,7 @@ class FusedSteps:
     def __init__(
         self, block: TrainableBlock, call: BlockCall, settings: BlockApSettings, total: int, device: torch.device
     ) -> None:
-        self.device = device
-        self._block, self._call, self._settings = block, call, settings
-        self._dtype = settings.resolved_compute_dtype()
+        self._block = block
         self._adamw = AdamW(settings.weight_decay)
         peaks = (settings.lr_weight, settings.lr_scale, settings.lr_zero)
         rows = [
@@ -162,7 +161,7 @@ class FusedSteps:
                 parameter.requires_grad_(False)
             first, second, third = (Moments.of(p) if lr > 0 else None for p, lr in zip(parameters, peaks, strict=True))
             self._moments[name] = first, second, third
-            linear.dequantized = linear.quantize_dequantize(self._dtype).requires_grad_()
+            linear.dequantized = linear.quantize_dequantize(settings.resolved_compute_dtype()).requires_grad_()
         others = list(block.others.values())
         for parameter in others:
             parameter.requires_grad_(settings.lr_weight > 0)
@@ -176,40 +175,10 @@ class FusedSteps:
                 fused=True,
                 capturable=device.type == "cuda",
             )
-        self._compiled: Callable[..., Tensor] | None = None
-        self._compiled_for: torch.Size | None = None
-
-    def compile(self, message: Callable[[str], None], *, required: bool) -> None:
-        """From now on steps of the first batch's shape are compiled; blocks of one architecture share what is made.
-
-        Args:
-            message: is told when that fails and steps run as they are.
-            required: raise InputError instead.
-        """
-
-        def attempt(*arguments: Any) -> Tensor:
-            try:
-                return cast(Tensor, compiled(*arguments))
-            except torch._dynamo.exc.TorchDynamoException as error:
-                text = f"the block's step cannot be compiled ({first_line(error)})"
-                if required:
-                    raise InputError(f"{text}; use execution auto, graph or eager") from error
-                message(f"{text}; it runs as it is, slower")
-                self._compiled = None
-                return _loss(*arguments)
-
-        compiled = torch.compile(_loss, dynamic=False)
-        self._compiled = attempt
+        self.differentiate = Differentiation(block, call, settings)
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
-        loss_of: Callable[..., Tensor] = _loss
-        if self._compiled is not None:
-            self._compiled_for = self._compiled_for or hidden_states.shape
-            if hidden_states.shape == self._compiled_for:
-                loss_of = self._compiled
-        with autocast(self.device, self._dtype):
-            loss = loss_of(self._block, self._call, hidden_states, target)
-        loss.backward()
+        loss = self.differentiate(hidden_states, target)
         for name, linear in self._block.linears.items():
             dequantized = linear.dequantized
             if dequantized is None or dequantized.grad is None:
@@ -236,7 +205,7 @@ class FusedSteps:
             self._others.step()
             self._others.zero_grad(set_to_none=True)
         self._step.add_(1)
-        return loss.detach()
+        return loss
 
     def trained(self) -> Iterator[Tensor]:
         for name, linear in self._block.linears.items():
@@ -250,21 +219,16 @@ class FusedSteps:
             linear.dequantized = None
 
 
-def _loss(block: TrainableBlock, call: BlockCall, hidden_states: Tensor, target: Tensor) -> Tensor:
-    return reconstruction_loss(block(call, hidden_states), target)
-
-
 class GraphedSteps:
     """Replays a step as one CUDA graph, captured after the first few; batches of another size run without it.
 
     Args:
         steps: what to capture.
-        message: is told when that is impossible and steps run singly.
-        required: raise InputError instead.
+        message: is told when that is impossible and steps run singly; None to raise InputError instead.
     """
 
-    def __init__(self, steps: FusedSteps, message: Callable[[str], None], *, required: bool = False) -> None:
-        self._steps, self._message, self._required = steps, message, required
+    def __init__(self, steps: FusedSteps, message: Callable[[str], None] | None) -> None:
+        self._steps, self._message = steps, message
         self._graph: torch.cuda.CUDAGraph | None = None
         self._before_capture = WARMUP_STEPS
         self._shape: torch.Size | None = None
@@ -294,7 +258,7 @@ class GraphedSteps:
             raise
         except RuntimeError as error:
             text = f"the block's step cannot be a CUDA graph ({first_line(error)})"
-            if self._required:
+            if self._message is None:
                 raise InputError(f"{text}; use execution auto or eager") from error
             self._message(f"{text}; it runs without one, slower")
             return

@@ -7,7 +7,7 @@ straight-through, in every forward, to the dtype in which they will be stored; o
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,14 @@ class TrainableBlock:
     def weights(self) -> list[nn.Parameter]:
         """Weights of every linear, and every other parameter that is trained."""
         return [*(linear.weight for linear in self.linears.values()), *self.others.values()]
+
+    def leaves(self) -> Iterator[Tensor]:
+        """What gradients are left in: dequantized weights that are held, else parameters, and every other parameter."""
+        for linear in self.linears.values():
+            yield from (
+                (linear.weight, linear.scales, linear.zeros) if linear.dequantized is None else (linear.dequantized,)
+            )
+        yield from self.others.values()
 
     def __call__(self, call: BlockCall, hidden_states: Tensor) -> Tensor:
         """Output hidden states ``[batch, seq, hidden]``, differentiable in every parameter."""

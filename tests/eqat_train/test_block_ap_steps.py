@@ -101,6 +101,32 @@ def test_a_finished_step_leaves_the_block_computing_from_its_parameters() -> Non
         assert not torch.equal(block(BlockCall(), batches[0][0]), held)
 
 
+def _cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> FusedSteps:
+    def compiled(*_: Any) -> Tensor:
+        raise torch._dynamo.exc.Unsupported("no such operation")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled)
+    block, _ = _case(CPU)
+    return FusedSteps(block, BlockCall(), _settings(CPU), TOTAL, CPU)
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, batches = _case(CPU)
+    expected, _ = _run(FusedSteps(block, BlockCall(), _settings(CPU), TOTAL, CPU), batches)
+    steps, messages = _cannot_be_compiled(monkeypatch), []
+    steps.differentiate.compile(messages.append)
+    losses, _ = _run(steps, batches)
+    assert messages == ["the block's step cannot be compiled (no such operation); it runs as it is, slower"]
+    assert torch.equal(losses, expected)
+
+
+def test_a_compilation_that_was_asked_for_and_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, (_, batches) = _cannot_be_compiled(monkeypatch), _case(CPU)
+    steps.differentiate.compile(None)
+    with pytest.raises(InputError, match="use execution auto, graph or eager"):
+        steps(*batches[0])
+
+
 @pytest.mark.parametrize("execution", ["graph", "compile"])
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "cuda", "compute_dtype": torch.float16}])
 def test_what_cannot_be_a_graph_is_refused(execution: str, options: dict[str, Any]) -> None:
