@@ -84,10 +84,9 @@ def block_steps(
     if settings.execution == "eager":
         return steps
     notify = message if settings.execution == "auto" else None
-    flops = (
-        6.0 * settings.batch_size * example.shape[0] * sum(linear.weight.numel() for linear in block.linears.values())
-    )
-    if settings.execution == "compile" or (not required and flops * total / MATMUL_RATE > COMPILE_SECONDS):
+    weights = sum(linear.weight.numel() for linear in block.linears.values())
+    seconds = 6 * total * settings.batch_size * example.shape[0] * weights / MATMUL_RATE
+    if settings.execution == "compile" or (notify is not None and seconds > COMPILE_SECONDS):
         steps.differentiate.compile(notify)
     return GraphedSteps(steps, notify)
 
