@@ -16,6 +16,7 @@ from .trainable_block import TrainableBlock
 __all__ = ["Streams", "advance_", "autocast", "forward_spans", "reconstruction_loss", "validate"]
 
 FORWARD_TOKENS = 8192  # tokens a batch
+FORWARD_VALUES = 2**25  # and on CUDA hidden states of this many values, where a narrow block would wait for launches
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def forward_spans(store: ActivationStore) -> Iterator[tuple[int, int]]:
     """Sample ranges to go through a stream with when nothing is trained."""
-    batch = max(1, FORWARD_TOKENS // store.shape[1])
+    tokens = FORWARD_TOKENS
+    if store.device.type == "cuda":
+        tokens = max(tokens, FORWARD_VALUES // store.shape[2])
+    batch = max(1, tokens // store.shape[1])
     for start in range(0, len(store), batch):
         yield start, min(start + batch, len(store))
 

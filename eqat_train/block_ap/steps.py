@@ -87,6 +87,7 @@ def block_steps(
     weights = sum(linear.weight.numel() for linear in block.linears.values())
     seconds = 6 * total * settings.batch_size * example.shape[0] * weights / MATMUL_RATE
     if settings.execution == "compile" or (notify is not None and seconds > COMPILE_SECONDS):
+        message("compiling the block's step: about half a minute, once for all blocks of a kind")
         steps.differentiate.compile(notify)
     return GraphedSteps(steps, notify)
 

@@ -166,7 +166,10 @@ class TestOnTheGpu:
             block, batches = _case(self.device, width=256, tokens=128)
             settings = _settings(self.device, execution=execution, lr_weight=1e-5, lr_scale=1e-5)
             before = counters["stats"]["unique_graphs"]
-            losses.append(_run(block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], _never), batches)[0])
+            said: list[str] = []
+            steps = block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], said.append)
+            losses.append(_run(steps, batches)[0])
+            assert [text.startswith("compiling") for text in said] == [True] * (execution == "compile")
         assert counters["stats"]["unique_graphs"] == before
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
         assert torch.equal(losses[1], losses[2])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["fake_quant_adamw", "refusal"]
 
 # Fixed, not tuned: tuning would run the step, which changes what it is given.
-ELEMENTS = 512
+ELEMENTS = 2048
 WARPS = 4
 
 
