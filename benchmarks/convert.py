@@ -1,22 +1,31 @@
 """Conversion of a synthetic checkpoint to every format: throughput beside ``cp`` of the same bytes, and peak memory.
 
-    python benchmarks/convert.py [--size 1GB] [--bits 2] [--formats gptq,mlx] [--work FOLDER] [--csv FILE]
+    python benchmarks/convert.py [--size 1GB] [--bits 2] [--cache warm cold] [--formats gptq,mlx] [--work FOLDER]
+        [--repeats N] [--csv FILE]
 
 A native checkpoint of Llama-2-7B-shaped blocks with random codes is made once, and each conversion runs in a process of
-its own; its time is that of ``convert``, which ends with fsync. The ratio is the conversion's throughput over that of
-``cp -r`` and fsync on its own output, both in output bytes a second; ``cp`` alone, which leaves the bytes in memory,
-has a column of its own. The first and last layer of every output are read back and compared with the source before a
-row is printed.
+its own, as ``eqat export`` does; its time is that of ``convert``, which ends with fsync. It is followed by ``cp -r``
+and fsync of its own output, and that pair is repeated: the ratio, the conversion's throughput over the copy's in output
+bytes a second, is the median over pairs, and the times are medians. ``cp`` alone, which leaves the bytes in memory, has
+a column of its own.
+
+``warm``: what is read lies in the system's cache, as after a training or a download on a machine with much memory.
+``cold``: it does not, as for a checkpoint of many gigabytes: the source is dropped from the cache before a conversion,
+and the output before it is copied.
+
+The first and last layer of every output are read back and compared with the source before a row is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,8 +53,8 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, FFN),
 }
 FIELDS = (
-    "format", "bits", "output_mb", "seconds", "mb_per_s", "cp_fsync_mb_per_s", "cp_mb_per_s", "ratio", "peak_mib",
-    "threads", "torch",
+    "format", "bits", "cache", "output_mb", "seconds", "mb_per_s", "cp_fsync_mb_per_s", "cp_mb_per_s", "ratio",
+    "peak_mib", "threads", "torch",
 )  # fmt: skip
 DEMO = Path(__file__).resolve().parent.parent / "eqat_train" / "demo" / "assets"
 CHILD = """
@@ -54,7 +63,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(2)
 from eqat_export.convert import convert
+from eqat_export.memory import keep_freed_memory
 from formats.errors import EqatError
+keep_freed_memory()
 source, out, target = sys.argv[1:4]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.perf_counter()
@@ -115,8 +126,28 @@ def random_layer(rows: int, columns: int, scheme: QuantScheme, scales: torch.Ten
 
 def size_of(path: Path) -> int:
     """Bytes of a file or of a folder's files."""
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    return sum(each.stat().st_size for each in files)
+    return sum(each.stat().st_size for each in files_of(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, or the folder's files."""
+    return [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+
+
+def drop_from_cache(path: Path) -> None:
+    """Has the system forget what it holds in memory of a file or of a folder's files."""
+    for file in files_of(path):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def copy_seconds(path: Path) -> tuple[float, float]:
@@ -125,11 +156,11 @@ def copy_seconds(path: Path) -> tuple[float, float]:
     started = time.perf_counter()
     subprocess.run(["cp", "-r", path, copy], check=True)
     copied = time.perf_counter() - started
-    for file in [copy] if copy.is_file() else [each for each in copy.rglob("*") if each.is_file()]:
+    for file in files_of(copy):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     durable = time.perf_counter() - started
-    shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+    remove(copy)
     return copied, durable
 
 
@@ -146,28 +177,42 @@ def same_weights(source: Path, out: Path) -> bool:
     return True
 
 
-def run(source: Path, target: str, bits: int, options: dict[str, str]) -> list[object] | None:
+def run(source: Path, target: str, bits: int, cache: str, repeats: int) -> list[object] | None:
     """One row, or None where the format does not hold the checkpoint."""
     out = source.with_name(f"{source.name}-{target}{get_format(target).suffix}")
-    command = [sys.executable, "-c", CHILD, str(source), str(out), target, json.dumps(options)]
-    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    if "error" in answer:
-        print(f"{target}: {answer['error']}", flush=True)
-        return None
+    command = [sys.executable, "-c", CHILD, str(source), str(out), target, "{}"]
+    pairs, peak, size = [], 0.0, 0.0
+    for i in range(repeats):
+        remove(out)
+        if cache == "cold":
+            drop_from_cache(source)
+        answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        if "error" in answer:
+            print(f"{target}: {answer['error']}", flush=True)
+            return None
+        if not i:
+            check(source, out, target)
+        if cache == "cold":
+            drop_from_cache(out)
+        size, peak = size_of(out) / 1e6, max(peak, answer["peak"])
+        pairs.append((answer["seconds"], *copy_seconds(out)))
+    remove(out)
+    seconds, copied, durable = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(durable / seconds for seconds, _, durable in pairs)
+    return [
+        target, bits, cache, f"{size:.0f}", f"{seconds:.2f}", f"{size / seconds:.0f}", f"{size / durable:.0f}",
+        f"{size / copied:.0f}", f"{ratio:.2f}", f"{peak:.0f}", 2, f"{torch.__version__} {platform.machine()}",
+    ]  # fmt: skip
+
+
+def check(source: Path, out: Path, target: str) -> None:
+    """Ends the program where an output does not hold its source's weights."""
     try:
         exact = same_weights(source, out)
     except EqatError as error:
         sys.exit(f"{target}: {error}; nothing was recorded")
     if not exact:
         sys.exit(f"{target}: weights differ from the source's; nothing was recorded")
-    size, (copied, durable) = size_of(out) / 1e6, copy_seconds(out)
-    shutil.rmtree(out) if out.is_dir() else out.unlink()
-    seconds = answer["seconds"]
-    return [
-        target, bits, f"{size:.0f}", f"{seconds:.2f}", f"{size / seconds:.0f}", f"{size / durable:.0f}",
-        f"{size / copied:.0f}", f"{durable / seconds:.2f}", f"{answer['peak']:.0f}", 2,
-        f"{torch.__version__} {platform.machine()}",
-    ]  # fmt: skip
 
 
 def main() -> None:
@@ -175,6 +220,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="1GB", help="bytes of the native checkpoint")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--cache", nargs="+", choices=("warm", "cold"), default=["warm"])
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of a conversion and a copy")
     parser.add_argument("--formats", help="ids separated by commas; all without it")
     parser.add_argument("--work", type=Path, help="where the checkpoints go; a temporary folder without it")
     parser.add_argument("--csv", type=Path, help="append the rows here")
@@ -186,8 +233,8 @@ def main() -> None:
         for bits in arguments.bits:
             source = Path(work) / f"w{bits}"
             make_checkpoint(source, bits, parse_size(arguments.size))
-            for target in targets:
-                row = run(source, target, bits, {})
+            for target, cache in itertools.product(targets, arguments.cache):
+                row = run(source, target, bits, cache, arguments.repeats)
                 if row is not None:
                     rows.append(row)
                     print(*row, sep="\t", flush=True)

@@ -45,6 +45,7 @@ class Conversion:
         layer_bytes: bytes that the layers take in the output.
         total_bytes: bytes of all tensors in the output.
         choices: how each tensor was stored, where the container has several ways.
+        exact_option: an option of the format that holds more layers exactly, if there is one.
     """
 
     source: Path
@@ -61,6 +62,7 @@ class Conversion:
     layer_bytes: int = 0
     total_bytes: int = 0
     choices: tuple[Choice, ...] = ()
+    exact_option: str | None = None
 
     def add(self, part: EncodedPart) -> None:
         """Takes a part that was written into account."""
@@ -147,6 +149,7 @@ def convert(
                     step(part.name)
             writer.finish()
         result.choices = writer.choices()
+        result.exact_option = form.exact_option()
     return result
 
 

@@ -75,25 +75,27 @@ def show_choices(choices: Sequence[Choice], console: Console) -> None:
 def exactness_lines(conversion: Conversion) -> list[str]:
     """What conversion kept, and what it rounded by how much."""
     lines = []
-    exact = conversion.exactness[Exactness.EXACT]
-    weights = conversion.exactness[Exactness.EXACT_WEIGHTS]
-    if exact:
-        lines.append(f"exact: codes, zeros and scales bit for bit in {exact} of {conversion.layers} layers")
-    if weights:
+    read, rounded = conversion.read, conversion.rounded
+    if read.tensors:
         lines.append(
-            f"exact weights: bit for bit the same, stored another way, in {weights} of {conversion.layers} layers"
+            f"ROUNDED on reading: {read.tensors} of {conversion.layers} layers, where {conversion.source_format} has "
+            f"rounded products for zero-points; largest error {read.error:.3g} in {read.where}"
         )
-    rounded = conversion.rounded
+    as_read = "then written as read: " if read.tensors else ""
+    if exact := conversion.exactness[Exactness.EXACT]:
+        lines.append(
+            f"{as_read or 'exact: '}codes, zeros and scales bit for bit in {exact} of {conversion.layers} layers"
+        )
+    if weights := conversion.exactness[Exactness.EXACT_WEIGHTS]:
+        lines.append(
+            f"{as_read or 'exact weights: '}bit for bit the same, stored another way, in {weights} of "
+            f"{conversion.layers} layers"
+        )
     if rounded.tensors:
         lines.append(
             f"ROUNDED: {rounded.tensors} of {conversion.layers} layers; largest error {rounded.error:.3g} "
             f"(allowed there {rounded.bound:.3g}) in {rounded.where}, largest relative error {rounded.relative:.3g}"
-        )
-    read = conversion.read
-    if read.tensors:
-        lines.append(
-            f"ROUNDED: {read.tensors} of {conversion.layers} layers on reading, where {conversion.source_format} has "
-            f"rounded products for zero-points; largest error {read.error:.3g} in {read.where}"
+            + (f"; {conversion.exact_option} rounds less" if conversion.exact_option else "")
         )
     casts = conversion.casts
     if casts.tensors:
@@ -136,20 +138,26 @@ def show_comparison(comparison: CheckpointComparison, console: Console) -> None:
     if not differing:
         return
     counted = any(row.codes or row.zeros or row.scales for row in differing)
+    titles = (*(("codes", "zeros", "scales") if counted else ()), "max error", "of bound", "rel. L2")
+    shown = MOST_ROWS if comparison.informational or not all(row.ok for row in rows) else WORST_OF_GOOD
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    shares = ("of bound", "rel. L2") if console.width >= WIDE else ()
-    for title in (*(("codes", "zeros", "scales") if counted else ()), "max error", *shares):
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
-    shown = MOST_ROWS if comparison.informational or not all(row.ok for row in rows) else WORST_OF_GOOD
     for row in differing[:shown]:
-        counts = ["-" if count is None else str(count) for count in (row.codes, row.zeros, row.scales)]
-        used = "-" if row.used is None else _share(row.used)
+        values = (row.codes, row.zeros, row.scales) if counted else ()
+        cells = ["-" if value is None else str(value) for value in values]
+        cells += [f"{row.error:.2g}", "-" if row.used is None else _share(row.used), f"{row.relative:.2g}"]
         verdict = "" if comparison.informational else mark(row.ok, console)
-        figures = (used, f"{row.relative:.2g}") if shares else ()
-        table.add_row(escape(row.name), *(counts if counted else ()), f"{row.error:.2g}", *figures, verdict)
-    console.print(table)
+        if console.width >= WIDE:
+            table.add_row(escape(row.name), *cells, verdict)
+            continue
+        console.print(f"  {verdict} {escape(row.name)}" if verdict else f"  {escape(row.name)}", soft_wrap=True)
+        facts = ", ".join(f"{title} {cell}" for title, cell in zip(titles, cells, strict=True) if cell != "-")
+        console.print(f"    {facts}", soft_wrap=True)
+    if console.width >= WIDE:
+        console.print(table)
     if len(differing) > shown:
         console.print(f"  and {len(differing) - shown} more layers (all of them with --json)")
 

@@ -249,6 +249,10 @@ class Format(ABC):
         """How faithfully this layer, with its scheme and scale dtype, is held."""
         return Exactness.EXACT
 
+    def exact_option(self) -> str | None:
+        """The export option that holds more layers exactly than these options do; None where there is none."""
+        return None
+
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """Largest |stored weight - weight| for each weight, fp32, broadcastable to ``[out, in]``."""
         return torch.zeros(1, 1)

@@ -129,6 +129,10 @@ class CompressedTensorsFormat(PackedFormat):
         """EXACT when every scale is a number of the stored dtype."""
         return Exactness.EXACT if holds_scales(layer.scales, self.scale_dtype) else Exactness.ROUNDED
 
+    def exact_option(self) -> str | None:
+        """fp32."""
+        return None if self.scale_dtype == torch.float32 else "--scale-dtype float32"
+
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """What rounding scales to their stored dtype does; ``[out, in]``."""
         return scale_rounding_bound(layer, self.scale_dtype)

@@ -110,6 +110,10 @@ class DenseFormat(Format):
         exact = torch.equal(weight.to(self.dtype).float(), weight)
         return Exactness.EXACT_WEIGHTS if exact else Exactness.ROUNDED
 
+    def exact_option(self) -> str | None:
+        """fp32."""
+        return None if self.dtype == torch.float32 else "--dtype float32"
+
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """Half a unit in the last place of ``dtype`` (round to nearest, IEEE 754); ``[out, in]``."""
         limits = torch.finfo(self.dtype)

@@ -15,7 +15,11 @@ A message states the value, what is allowed and the fix, in one line.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 __all__ = [
     "CheckpointError",
@@ -77,7 +81,21 @@ class MissingExtraError(EqatError, ImportError):
     """An optional package is needed; the text gives the pip command that installs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'eqat[{extra}]'")
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install '{_eqat()}[{extra}]'")
+
+
+def _eqat() -> str:
+    """What pip calls this eqat: the folder that it runs in or was installed from, else its name."""
+    source = Path(__file__).resolve().parent.parent
+    if not (source / "pyproject.toml").exists():  # installed
+        try:
+            url = urlsplit(json.loads(distribution("eqat").read_text("direct_url.json") or "{}").get("url", ""))
+        except (PackageNotFoundError, ValueError):
+            return "eqat"
+        if url.scheme != "file":
+            return "eqat"
+        source = Path(unquote(url.path))
+    return "." if source == Path.cwd() else str(source)
 
 
 class TrainingDivergedError(EqatError):

@@ -211,6 +211,10 @@ class MlxFormat(PackedFormat):
         """EXACT when every bias is exact as it is, EXACT_WEIGHTS when it takes complements, otherwise ROUNDED."""
         return self._exactness(layer, self._parameters(layer))
 
+    def exact_option(self) -> str | None:
+        """fp32."""
+        return None if self.scale_dtype == torch.float32 else "--scale-dtype float32"
+
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """``|s' - s| * |q - z| + |b + s' * z|`` with stored s' and b, plus fp32's rounding of products and sum."""
         stored = self._parameters(layer)

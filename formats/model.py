@@ -41,7 +41,18 @@ def open_checkpoint(folder: Path | str, format_id: str | None = None) -> Checkpo
     own = next((fmt for fmt in _containers(asked) if fmt.reads(Path(folder))), None)
     reader: ModelReader = CheckpointReader(folder) if own is None else own.open(Path(folder))
     fmt = asked or _detect(reader)
-    return Checkpoint(reader, fmt if fmt is not None and fmt.readable else None)
+    try:
+        checkpoint = Checkpoint(reader, fmt if fmt is not None and fmt.readable else None)
+        if asked is not None and checkpoint.layer_names:
+            checkpoint.layer_features(checkpoint.layer_names[0])
+    except CheckpointError as exc:
+        other = _other_format(reader, asked)
+        if other is None:
+            raise
+        raise CheckpointError(
+            f"{folder} is labelled {other}, and read as {format_id} it makes no sense: {exc}; leave --from out"
+        ) from exc
+    return checkpoint
 
 
 class Checkpoint:
@@ -223,6 +234,17 @@ class Checkpoint:
 def _containers(asked: Format | None) -> Iterator[Format]:
     """Formats whose container may hold a path: all of them, or the one that was asked for."""
     return iter([asked]) if asked is not None else map(get_format, available_formats())
+
+
+def _other_format(reader: ModelReader, asked: Format | None) -> str | None:
+    """The format that a checkpoint is labelled with, where another was asked for."""
+    if asked is None:
+        return None
+    try:
+        found = _detect(reader)
+    except UnknownFormatError:
+        return None
+    return found.id if found is not None and found.id != asked.id else None
 
 
 def _block_list(name: str) -> str | None:

@@ -1,8 +1,8 @@
 """gptqmodel 7.6.0."""
 
 from .rules import Engine, Multiple, Rule
+from .shared import GPTQ, awq_bits, fp16_scales, gptq_kernel_group, labelled_zeros, own_layout, wrapped_by_word
 
-_GPTQ = ("gptq", "gptq_v2")
 _LOADER = "models/loader.py"
 _KERNEL = "nn_modules/qlinear/torch.py"
 _METHODS = "quantization/config.py METHOD"
@@ -11,21 +11,15 @@ ENGINE = Engine(
     "gptqmodel",
     "7.6.0",
     "gptqmodel 7.6.0 (PyPI), paths below gptqmodel/",
-    reads=("dense", *_GPTQ, "bitblas", "awq"),
+    reads=("dense", *GPTQ, "bitblas", "awq"),
     routes=("gptq_v2", "gptq"),
     rules=(
-        Rule(
-            "own-layout",
-            ("native",),
-            "refused",
-            "cannot load EfficientQAT's own layout (quant_method {quant_method})",
-            _METHODS,
-        ),
+        own_layout(_METHODS),
         Rule(
             "method",
             ("compressed-tensors", "auto-round", "mlx"),
             "refused",
-            "knows no quant_method {quant_method!r}",
+            "does not know the format {format}",
             _METHODS,
         ),
         Rule(
@@ -37,7 +31,7 @@ ENGINE = Engine(
         ),
         Rule(
             "tokenizer",
-            (*_GPTQ, "bitblas", "awq"),
+            (*GPTQ, "bitblas", "awq"),
             "refused",
             "loads the tokenizer with the model, and there is none",
             f"{_LOADER} from_quantized, load_hf_tokenizer",
@@ -54,7 +48,7 @@ ENGINE = Engine(
         ),
         Rule(
             "mixtral",
-            (*_GPTQ, "bitblas", "awq"),
+            (*GPTQ, "bitblas", "awq"),
             "refused",
             "looks for Mixtral's experts under mlp.experts.N.gate_proj, not under the names of the model's own files",
             "models/definitions/mixtral.py module_tree",
@@ -62,54 +56,25 @@ ENGINE = Engine(
         ),
         Rule(
             "bits",
-            _GPTQ,
+            GPTQ,
             "refused",
             "computes 2 to 8 bits, not {bits}",
             f"{_KERNEL} SUPPORTS_BITS",
             needs=({"bits": tuple(range(2, 9))},),
         ),
-        Rule(
-            "group",
-            _GPTQ,
-            "refused",
-            "has a kernel for groups of -1 and the powers of two from 16 to 1024, not {group_size}",
-            f"{_KERNEL} SUPPORTS_GROUP_SIZE",
-            needs=({"group_size": (-1, 16, 32, 64, 128, 256, 512, 1024)},),
-        ),
-        Rule(
-            "zeros",
-            _GPTQ,
-            "misread",
-            "goes by checkpoint_format, which says zeros are {zeros_label}, and they are {zeros}",
-            f"{_LOADER} convert_gptq_v1_to_v2_format",
-            needs=({"zeros_as_labelled": (True,)},),
-        ),
-        Rule(
-            "wrap",
-            _GPTQ,
-            "misread",
-            "adds 1 to whole packed words, and zeros of 0 were wrapped field by field: carries change their neighbours",
-            "utils/model.py convert_gptq_v1_to_v2_format_module",
-            when={"bits": (2, 4, 8), "zeros": ("less one",)},
-            needs=({"wrapped": ("none", "word")},),
-        ),
+        gptq_kernel_group("group", f"{_KERNEL} SUPPORTS_GROUP_SIZE"),
+        labelled_zeros("zeros", f"{_LOADER} convert_gptq_v1_to_v2_format"),
+        wrapped_by_word("wrap", "utils/model.py convert_gptq_v1_to_v2_format_module"),
         Rule(
             "cpu",
-            _GPTQ,
+            GPTQ,
             "cost",
             "on a CPU name BACKEND.GPTQ_TORCH: gptq_torch_fused computes asymmetric 4 bits wrong",
             "nn_modules/qlinear/torch_fused.py",
             when={"bits": (4,)},
             needs=({"symmetric": (True,)},),
         ),
-        Rule(
-            "scale-dtype",
-            (*_GPTQ, "awq"),
-            "cost",
-            "keeps scales as float16; these are {scale_dtype}",
-            f"{_KERNEL} register_buffers",
-            needs=({"scale_dtype": ("float16",)},),
-        ),
+        fp16_scales((*GPTQ, "awq"), f"{_KERNEL} register_buffers"),
         Rule(
             "bitblas-bits",
             ("bitblas",),
@@ -133,14 +98,7 @@ ENGINE = Engine(
             "needs CUDA and the package bitblas for this layout",
             f"{_LOADER} FORMAT.BITBLAS",
         ),
-        Rule(
-            "awq-bits",
-            ("awq",),
-            "refused",
-            "takes AWQ at 4 bits, not {bits}",
-            "nn_modules/qlinear/gemm_awq.py SUPPORTS_BITS",
-            needs=({"bits": (4,)},),
-        ),
+        awq_bits("nn_modules/qlinear/gemm_awq.py SUPPORTS_BITS"),
         Rule(
             "awq-zero",
             ("awq",),

@@ -36,7 +36,7 @@ ENGINE = Engine(
             "other",
             ("native", "bitblas", "mlx", "auto-round", "awq", "onnx"),
             "refused",
-            f"{_RUNS}, and its converter knows no quant_method {{quant_method!r}}",
+            f"{_RUNS}, and its converter does not know the format {{format}}",
             _CONVERTER,
         ),
         Rule(

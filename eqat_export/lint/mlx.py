@@ -39,7 +39,7 @@ ENGINE = Engine(
             "own-layout",
             ("native", "auto-round", "bitblas"),
             "refused",
-            "does nothing for quant_method {quant_method!r} and then finds no weights",
+            "does nothing for the format {format} (quant_method {quant_method}) and then finds no weights",
             f"{_UTILS} load_model",
         ),
         Rule(

@@ -1,11 +1,20 @@
 """SGLang 0.5.23 on CUDA: every packed layer runs in Marlin, so 4 and 8 bits only."""
 
 from .rules import Condition, Engine, Multiple, Rule
+from .shared import (
+    GPTQ,
+    GPTQ_LABEL,
+    MARLIN_GROUPS,
+    awq_bits,
+    gptq_fused,
+    gptq_scheme,
+    in_config_json,
+    model_dtype_scales,
+    own_layout,
+    packing_format,
+)
 
 _LAYERS = "srt/layers/quantization"
-_GPTQ = ("gptq", "gptq_v2")
-_GROUPS = (-1, 32, 64, 128)
-_V1 = "auto_round:auto_gptq"
 _MARLIN = f"{_LAYERS}/marlin_utils.py"
 _SHAPES: tuple[dict[str, Condition], ...] = (
     {"fused_out": Multiple(64), "in_features": Multiple(128)},
@@ -18,16 +27,10 @@ ENGINE = Engine(
     "sglang",
     "0.5.23",
     "sglang 0.5.23 (PyPI), paths below sglang/",
-    reads=("dense", *_GPTQ, "compressed-tensors", "auto-round", "awq", "gguf"),
+    reads=("dense", *GPTQ, "compressed-tensors", "auto-round", "awq", "gguf"),
     routes=("compressed-tensors", *_GGUF, "dense"),
     rules=(
-        Rule(
-            "own-layout",
-            ("native",),
-            "refused",
-            "cannot load EfficientQAT's own layout (quant_method {quant_method})",
-            f"{_LAYERS}/__init__.py BASE_QUANTIZATION_METHODS",
-        ),
+        own_layout(f"{_LAYERS}/__init__.py BASE_QUANTIZATION_METHODS"),
         Rule(
             "bitblas",
             ("bitblas",),
@@ -42,18 +45,10 @@ ENGINE = Engine(
             "reads MLX's layout on Apple silicon only (SGLANG_USE_MLX=1)",
             f"{_LAYERS}/mlx.py MlxQuantizationConfig",
         ),
-        Rule(
-            "gptq-scheme",
-            _GPTQ,
-            "refused",
-            "takes GPTQ with sym true at 4 or 8 bits only; here {bits} bits, sym {sym} (gptq_v2 also loads with "
-            "--quantization humming, which reads raw zeros)",
-            f"{_LAYERS}/gptq/gptq.py GPTQMarlinConfig.TYPE_MAP; gptq/schemes/gptq_linear.py _init_kernel",
-            needs=({"bits": (4, 8), "sym": (True,)},),
-        ),
+        gptq_scheme(f"{_LAYERS}/gptq/gptq.py GPTQMarlinConfig.TYPE_MAP; gptq/schemes/gptq_linear.py _init_kernel"),
         Rule(
             "gptq-zeros",
-            (*_GPTQ, "auto-round"),
+            (*GPTQ, "auto-round"),
             "misread",
             "never reads qzeros: every zero-point counts as the middle of the range, and here others are stored",
             f"{_LAYERS}/gptq/schemes/gptq_marlin.py create_weights, zero_points=False",
@@ -62,7 +57,7 @@ ENGINE = Engine(
         ),
         Rule(
             "g-idx",
-            _GPTQ,
+            GPTQ,
             "misread",
             "ignores g_idx unless desc_act is true, and here it reorders the groups",
             f"{_LAYERS}/gptq/schemes/gptq_marlin.py create_weights, has_g_idx=desc_act",
@@ -71,23 +66,16 @@ ENGINE = Engine(
         ),
         Rule(
             "group",
-            (*_GPTQ, "compressed-tensors"),
+            (*GPTQ, "compressed-tensors"),
             "refused",
             "takes groups of -1, 32, 64 and 128, not {group_size}",
             f"{_MARLIN} MARLIN_SUPPORTED_GROUP_SIZES",
-            needs=({"group_size": _GROUPS},),
+            needs=({"group_size": MARLIN_GROUPS},),
         ),
-        Rule(
-            "gptq-fused",
-            _GPTQ,
-            "refused",
-            "matches dynamic rules against fused linears (qkv_proj, gate_up_proj): no part can have a rule of its own",
-            f"{_LAYERS}/utils.py get_linear_quant_method",
-            needs=({"fused_override": (False,), "fused_alike": (True,)},),
-        ),
+        gptq_fused(f"{_LAYERS}/utils.py get_linear_quant_method"),
         Rule(
             "shape",
-            (*_GPTQ, "compressed-tensors", "awq"),
+            (*GPTQ, "compressed-tensors", "awq"),
             "refused",
             "runs Marlin, which takes fused out_features in 64s with in_features in 128s, or 128s with 64s; here "
             "{fused_out} x {in_features}",
@@ -123,47 +111,19 @@ ENGINE = Engine(
             needs=({"experts_alike": (True,)},),
             routes=(*_GGUF, "dense"),
         ),
-        Rule(
-            "configured",
-            (*_GPTQ, "awq", "auto-round"),
-            "argument",
-            "looks for quantization_config in config.json, and it stands in a file of its own: pass --quantization",
-            "srt/configs/model_config.py _verify_quantization",
-            needs=({"configured": ("config.json",)},),
-        ),
-        Rule(
-            "scale-dtype",
-            (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
-            "cost",
-            "casts scales to the model's dtype, float16 or bfloat16; these are {scale_dtype}",
-            f"{_LAYERS}/gptq/schemes/gptq_marlin.py create_weights, params_dtype",
-            needs=({"scale_dtype": ("float16", "bfloat16")},),
-        ),
-        Rule(
-            "ar-packing",
-            ("auto-round",),
-            "refused",
-            "takes packing_format auto_round:auto_gptq and auto_round:auto_awq, not {packing_format}",
-            f"{_LAYERS}/auto_round.py SUPPORTED_FORMATS",
-            needs=({"packing_format": (_V1, "auto_round:auto_awq")},),
-        ),
+        in_config_json("srt/configs/model_config.py _verify_quantization"),
+        model_dtype_scales(f"{_LAYERS}/gptq/schemes/gptq_marlin.py create_weights, params_dtype"),
+        packing_format(f"{_LAYERS}/auto_round.py SUPPORTED_FORMATS"),
         Rule(
             "ar-scheme",
             ("auto-round",),
             "refused",
             "takes this packing symmetric at 4 or 8 bits only; here {bits} bits, sym {sym}",
             f"{_LAYERS}/auto_round.py apply_gptq_quant_layer; gptq/schemes/gptq_linear.py _init_kernel",
-            when={"packing_format": (_V1,)},
-            needs=({"bits": (4, 8), "sym": (True,), "group_size": _GROUPS},),
+            when={"packing_format": (GPTQ_LABEL,)},
+            needs=({"bits": (4, 8), "sym": (True,), "group_size": MARLIN_GROUPS},),
         ),
-        Rule(
-            "awq-bits",
-            ("awq",),
-            "refused",
-            "takes AWQ at 4 bits, not {bits}",
-            f"{_LAYERS}/awq/awq.py",
-            needs=({"bits": (4,)},),
-        ),
+        awq_bits(f"{_LAYERS}/awq/awq.py"),
         Rule(
             "gguf-type",
             ("gguf",),

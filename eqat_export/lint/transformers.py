@@ -1,18 +1,25 @@
 """transformers 5.23.0, with optimum 2.3.0 and gptqmodel 7.6.0 for GPTQ, auto-round 0.16.1 for its own format."""
 
 from .rules import Engine, Rule
+from .shared import (
+    GPTQ,
+    GPTQ_LABEL,
+    awq_bits,
+    fp16_scales,
+    gptq_kernel_group,
+    labelled_zeros,
+    wrapped_by_word,
+)
 
-_GPTQ = ("gptq", "gptq_v2")
 _QUANTIZERS = "quantizers/auto.py AUTO_QUANTIZER_MAPPING"
 _OPTIMUM = "optimum 2.3.0 gptq/quantizer.py"
 _KERNEL = "gptqmodel 7.6.0 nn_modules/qlinear/torch.py"
-_V1 = "auto_round:auto_gptq"
 
 ENGINE = Engine(
     "transformers",
     "5.23.0",
     "transformers 5.23.0 (PyPI), paths below transformers/",
-    reads=("dense", *_GPTQ, "compressed-tensors", "auto-round", "awq", "gguf"),
+    reads=("dense", *GPTQ, "compressed-tensors", "auto-round", "awq", "gguf"),
     routes=("gptq_v2", "compressed-tensors", "dense"),
     rules=(
         Rule(
@@ -25,7 +32,7 @@ ENGINE = Engine(
         ),
         Rule(
             "configured",
-            (*_GPTQ, "awq", "auto-round", "compressed-tensors"),
+            (*GPTQ, "awq", "auto-round", "compressed-tensors"),
             "misread",
             "looks for quantization_config in config.json alone; without it, missing weights are filled at random",
             "modeling_utils.py from_pretrained; quantizers/auto.py",
@@ -47,23 +54,16 @@ ENGINE = Engine(
         ),
         Rule(
             "gptq-bits",
-            _GPTQ,
+            GPTQ,
             "refused",
             "takes GPTQ at 2, 3, 4 and 8 bits, not {bits}",
             "utils/quantization_config.py GPTQConfig.post_init",
             needs=({"bits": (2, 3, 4, 8)},),
         ),
-        Rule(
-            "gptq-group",
-            _GPTQ,
-            "refused",
-            "has a kernel for groups of -1 and the powers of two from 16 to 1024, not {group_size}",
-            f"{_KERNEL} SUPPORTS_GROUP_SIZE",
-            needs=({"group_size": (-1, 16, 32, 64, 128, 256, 512, 1024)},),
-        ),
+        gptq_kernel_group("gptq-group", f"{_KERNEL} SUPPORTS_GROUP_SIZE"),
         Rule(
             "gptq-kept",
-            _GPTQ,
+            GPTQ,
             "misread",
             "ignores dynamic: linears kept in full precision inside blocks become empty quantized ones",
             f"{_OPTIMUM} convert_model",
@@ -72,7 +72,7 @@ ENGINE = Engine(
         ),
         Rule(
             "gptq-overrides",
-            _GPTQ,
+            GPTQ,
             "refused",
             "ignores dynamic: a layer with a scheme of its own does not fit the quantized linear built for it",
             f"{_OPTIMUM} convert_model",
@@ -81,47 +81,25 @@ ENGINE = Engine(
         ),
         Rule(
             "experts",
-            (*_GPTQ, "awq", "auto-round"),
+            (*GPTQ, "awq", "auto-round"),
             "misread",
             "keeps a layer's experts in one parameter, for which it has no quantized layer, and fills it at random",
             f"{_OPTIMUM} convert_model; models/mixtral/modeling_mixtral.py MixtralExperts and its likes",
             needs=({"expert": (False,)},),
             routes=("dense",),
         ),
-        Rule(
-            "gptq-zeros",
-            _GPTQ,
-            "misread",
-            "goes by checkpoint_format, which says zeros are {zeros_label}, and they are {zeros}",
-            "gptqmodel 7.6.0 utils/model.py hf_convert_gptq_v1_to_v2_format",
-            needs=({"zeros_as_labelled": (True,)},),
-        ),
-        Rule(
-            "gptq-wrap",
-            _GPTQ,
-            "misread",
-            "adds 1 to whole packed words, and zeros of 0 were wrapped field by field: carries change their neighbours",
-            "gptqmodel 7.6.0 utils/model.py convert_gptq_v1_to_v2_format_module",
-            when={"bits": (2, 4, 8), "zeros": ("less one",)},
-            needs=({"wrapped": ("none", "word")},),
-        ),
+        labelled_zeros("gptq-zeros", "gptqmodel 7.6.0 utils/model.py hf_convert_gptq_v1_to_v2_format"),
+        wrapped_by_word("gptq-wrap", "gptqmodel 7.6.0 utils/model.py convert_gptq_v1_to_v2_format_module"),
         Rule(
             "gptq-cpu",
-            _GPTQ,
+            GPTQ,
             "cost",
             "on a CPU pass GPTQConfig(bits=4, backend='gptq_torch'): gptq_torch_fused computes asymmetric 4 bits wrong",
             "gptqmodel 7.6.0 nn_modules/qlinear/torch_fused.py",
             when={"bits": (4,)},
             needs=({"symmetric": (True,)},),
         ),
-        Rule(
-            "scale-dtype",
-            (*_GPTQ, "awq", "auto-round"),
-            "cost",
-            "keeps scales as float16; these are {scale_dtype}",
-            f"{_KERNEL} register_buffers",
-            needs=({"scale_dtype": ("float16",)},),
-        ),
+        fp16_scales((*GPTQ, "awq", "auto-round"), f"{_KERNEL} register_buffers"),
         Rule(
             "ct-dequantize",
             ("compressed-tensors",),
@@ -155,7 +133,7 @@ ENGINE = Engine(
             "refused",
             "has no CPU kernel, and on CUDA auto-gptq's alone, for asymmetric {packing_format} at {bits} bits",
             "auto-round 0.16.1 inference/backend.py auto_round:torch_zp, auto_gptq:cuda",
-            when={"packing_format": (_V1,), "bits": (3, 5, 6, 7)},
+            when={"packing_format": (GPTQ_LABEL,), "bits": (3, 5, 6, 7)},
             needs=({"sym": (True,)},),
         ),
         Rule(
@@ -164,7 +142,7 @@ ENGINE = Engine(
             "argument",
             "needs auto-round-lib for asymmetric {packing_format}, which stores zero - 1, on a CPU",
             "auto-round 0.16.1 inference/backend.py auto_round_kernel_zp",
-            when={"packing_format": (_V1,), "bits": (2, 4, 8)},
+            when={"packing_format": (GPTQ_LABEL,), "bits": (2, 4, 8)},
             needs=({"sym": (True,)},),
         ),
         Rule(
@@ -184,14 +162,7 @@ ENGINE = Engine(
             "auto-round 0.16.1 inference/backend.py GPTQ_FORMAT",
             needs=({"zeros_as_labelled": (True,)},),
         ),
-        Rule(
-            "awq-bits",
-            ("awq",),
-            "refused",
-            "takes AWQ at 4 bits, not {bits}",
-            "gptqmodel 7.6.0 nn_modules/qlinear/gemm_awq.py",
-            needs=({"bits": (4,)},),
-        ),
+        awq_bits("gptqmodel 7.6.0 nn_modules/qlinear/gemm_awq.py"),
         Rule(
             "gguf-type",
             ("gguf",),

@@ -5,28 +5,31 @@ everything else is compressed-tensors.
 """
 
 from .rules import Engine, Rule
+from .shared import (
+    GPTQ,
+    GPTQ_LABEL,
+    MARLIN_GROUPS,
+    awq_bits,
+    gptq_fused,
+    gptq_scheme,
+    in_config_json,
+    model_dtype_scales,
+    own_layout,
+    packing_format,
+)
 from .vllm_compressed_tensors import RULES
 
 _LAYERS = "model_executor/layers/quantization"
-_GPTQ = ("gptq", "gptq_v2")
-_GROUPS = (-1, 32, 64, 128)
-_V1 = "auto_round:auto_gptq"
 _HUMMING_BITS = (2, 3, 5, 6, 7)
 
 ENGINE = Engine(
     "vllm",
     "0.33.0",
     "vllm 0.33.0 (PyPI), paths below vllm/",
-    reads=("dense", *_GPTQ, "compressed-tensors", "auto-round", "awq"),
+    reads=("dense", *GPTQ, "compressed-tensors", "auto-round", "awq"),
     routes=("compressed-tensors", "dense"),
     rules=(
-        Rule(
-            "own-layout",
-            ("native",),
-            "refused",
-            "cannot load EfficientQAT's own layout (quant_method {quant_method})",
-            f"{_LAYERS}/__init__.py QUANTIZATION_METHODS; config/model.py _verify_quantization",
-        ),
+        own_layout(f"{_LAYERS}/__init__.py QUANTIZATION_METHODS; config/model.py _verify_quantization"),
         Rule(
             "bitblas",
             ("bitblas",),
@@ -49,18 +52,10 @@ ENGINE = Engine(
             "config/model.py _verify_quantization",
         ),
         # GPTQ
-        Rule(
-            "gptq-scheme",
-            _GPTQ,
-            "refused",
-            "takes GPTQ with sym true at 4 or 8 bits only; here {bits} bits, sym {sym} (gptq_v2 also loads with "
-            "--quantization humming, which reads raw zeros)",
-            f"{_LAYERS}/auto_gptq.py AutoGPTQConfig.TYPE_MAP",
-            needs=({"bits": (4, 8), "sym": (True,)},),
-        ),
+        gptq_scheme(f"{_LAYERS}/auto_gptq.py AutoGPTQConfig.TYPE_MAP"),
         Rule(
             "gptq-zeros",
-            _GPTQ,
+            GPTQ,
             "misread",
             "never reads qzeros: every zero-point counts as the middle of the range, and here others are stored",
             f"{_LAYERS}/auto_gptq.py AutoGPTQLinearMethod.create_weights, zero_points=False",
@@ -69,7 +64,7 @@ ENGINE = Engine(
         ),
         Rule(
             "gptq-desc-act",
-            _GPTQ,
+            GPTQ,
             "refused",
             "refuses desc_act with groups",
             f"{_LAYERS}/utils/gptq_utils.py normalize_and_validate_gptq_desc_act",
@@ -77,7 +72,7 @@ ENGINE = Engine(
         ),
         Rule(
             "g-idx",
-            (*_GPTQ, "auto-round"),
+            (*GPTQ, "auto-round"),
             "misread",
             "drops g_idx, and here it reorders the groups",
             f"{_LAYERS}/base_config.py get_checkpoint_weight_mapper",
@@ -85,40 +80,23 @@ ENGINE = Engine(
         ),
         Rule(
             "gptq-group",
-            _GPTQ,
+            GPTQ,
             "refused",
             "takes groups of -1, 32, 64 and 128 in GPTQ, not {group_size}",
             f"{_LAYERS}/utils/marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES",
-            needs=({"group_size": _GROUPS},),
+            needs=({"group_size": MARLIN_GROUPS},),
         ),
-        Rule(
-            "gptq-fused",
-            _GPTQ,
-            "refused",
-            "matches dynamic rules against fused linears (qkv_proj, gate_up_proj): no part can have a rule of its own",
-            f"{_LAYERS}/utils/gptq_utils.py get_linear_quant_method",
-            needs=({"fused_override": (False,), "fused_alike": (True,)},),
-        ),
-        Rule(
-            "configured",
-            (*_GPTQ, "awq", "auto-round"),
-            "argument",
-            "looks for quantization_config in config.json, and it stands in a file of its own: pass --quantization",
-            "config/model.py _verify_quantization; model_executor/model_loader/weight_utils.py get_quant_config",
-            needs=({"configured": ("config.json",)},),
+        gptq_fused(f"{_LAYERS}/utils/gptq_utils.py get_linear_quant_method"),
+        in_config_json(
+            "config/model.py _verify_quantization; model_executor/model_loader/weight_utils.py get_quant_config"
         ),
         *RULES,
-        Rule(
-            "scale-dtype",
-            (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
-            "cost",
-            "casts scales to the model's dtype, float16 or bfloat16; these are {scale_dtype}",
-            f"{_LAYERS}/compressed_tensors/schemes/compressed_tensors_wNa16.py create_weights, params_dtype",
-            needs=({"scale_dtype": ("float16", "bfloat16")},),
+        model_dtype_scales(
+            f"{_LAYERS}/compressed_tensors/schemes/compressed_tensors_wNa16.py create_weights, params_dtype"
         ),
         Rule(
             "model-dtype",
-            (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
+            (*GPTQ, "compressed-tensors", "awq", "auto-round"),
             "cost",
             "runs a model of dtype {model_dtype} in bfloat16, which rounds float16 scales: pass --dtype float16",
             "config/model.py _resolve_auto_dtype",
@@ -127,21 +105,14 @@ ENGINE = Engine(
         ),
         Rule(
             "model-float16",
-            (*_GPTQ, "compressed-tensors", "awq", "auto-round"),
+            (*GPTQ, "compressed-tensors", "awq", "auto-round"),
             "cost",
             "runs a model of dtype {model_dtype} in float16, whose range is less than that of the bfloat16 scales here",
             "config/model.py _resolve_auto_dtype",
             when={"scale_dtype": ("bfloat16",), "model_dtype": ("float16",)},
         ),
         # auto-round
-        Rule(
-            "ar-packing",
-            ("auto-round",),
-            "refused",
-            "takes packing_format auto_round:auto_gptq and auto_round:auto_awq, not {packing_format}",
-            f"{_LAYERS}/inc/inc.py SUPPORTED_FORMATS",
-            needs=({"packing_format": (_V1, "auto_round:auto_awq")},),
-        ),
+        packing_format(f"{_LAYERS}/inc/inc.py SUPPORTED_FORMATS"),
         Rule(
             "ar-method",
             ("auto-round",),
@@ -156,8 +127,8 @@ ENGINE = Engine(
             "refused",
             "takes symmetric layers only at {bits} bits in this packing",
             f"{_LAYERS}/inc/schemes/inc_wna16_linear.py _build_gptq_method",
-            when={"bits": (4, 8), "packing_format": (_V1,)},
-            needs=({"sym": (True,), "group_size": _GROUPS},),
+            when={"bits": (4, 8), "packing_format": (GPTQ_LABEL,)},
+            needs=({"sym": (True,), "group_size": MARLIN_GROUPS},),
         ),
         Rule(
             "ar-zeros",
@@ -165,7 +136,7 @@ ENGINE = Engine(
             "misread",
             "runs {bits} bits with humming, which takes qzeros as they are, and this packing stores zero - 1",
             "humming 0.1.19 schema/gptq.py _convert_humming; auto-round 0.16.1 inference/backend.py humming_zp",
-            when={"bits": _HUMMING_BITS, "sym": (False,), "packing_format": (_V1,)},
+            when={"bits": _HUMMING_BITS, "sym": (False,), "packing_format": (GPTQ_LABEL,)},
             needs=({"zeros": ("raw",)},),
         ),
         Rule(
@@ -177,13 +148,6 @@ ENGINE = Engine(
             when={"sym": (True,)},
             needs=({"symmetric": (True,)},),
         ),
-        Rule(
-            "awq-bits",
-            ("awq",),
-            "refused",
-            "takes AWQ at 4 bits, not {bits}",
-            f"{_LAYERS}/auto_awq.py AutoAWQConfig.TYPE_MAP",
-            needs=({"bits": (4,)},),
-        ),
+        awq_bits(f"{_LAYERS}/auto_awq.py AutoAWQConfig.TYPE_MAP"),
     ),
 )

@@ -140,6 +140,10 @@ class GgufFormat(Format):
             return Exactness.EXACT_WEIGHTS  # the widest type holds whatever the zeros are
         return Exactness.EXACT_WEIGHTS if fit(layer, self.forced or WRITABLE[-1]).exact else Exactness.ROUNDED
 
+    def exact_option(self) -> str | None:
+        """The smallest type that holds each layer."""
+        return None if self.forced is None else f"--gguf-type {AUTO}"
+
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """``|fp16(s)| * clip + |fp16(s) - s| * |q - z|`` and half an ulp of each of the two fp32 products.
 

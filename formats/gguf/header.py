@@ -127,6 +127,8 @@ def read_header(path: Path) -> GgufHeader:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Parser(path, data).header()
     except OSError as exc:
+        if isinstance(exc, FileNotFoundError):
+            raise CheckpointError(f"{path} does not exist; give a .gguf file or a checkpoint folder") from exc
         raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
 
 

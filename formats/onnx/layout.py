@@ -176,6 +176,10 @@ class OnnxLayout(PackedFormat):
         """EXACT when every scale is a number of ``scale_dtype``."""
         return Exactness.EXACT if holds_scales(layer.scales, self.scale_dtype) else Exactness.ROUNDED
 
+    def exact_option(self) -> str | None:
+        """fp32."""
+        return None if self.scale_dtype == torch.float32 else "--scale-dtype float32"
+
     def bound(self, layer: QuantizedLinear) -> Tensor:
         """See ``scale_rounding_bound``."""
         return scale_rounding_bound(layer, self.scale_dtype)

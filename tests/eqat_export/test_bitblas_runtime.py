@@ -157,7 +157,7 @@ def test_what_a_machine_lacks_is_said_in_one_line(package: Path, monkeypatch: py
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BitblasRuntime, "requires", ("no_such_bitblas",))
-    with pytest.raises(MissingExtraError, match=r"pip install 'eqat\[bitblas\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install '.*\[bitblas\]'"):
         BitblasRuntime().check("bitblas")
 
 

@@ -76,7 +76,7 @@ def test_without_a_gpu_it_says_so_in_one_line(eqat: Callable, native: Callable[.
 def test_the_package_is_asked_for_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_has_gpu", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'eqat\[humming\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install '.*\[humming\]'"):
         get_runtime("humming").check("gptq_v2")
     with pytest.raises(InputError, match="it reads compressed-tensors, gptq_v2"):
         get_runtime("humming").check("gptq")

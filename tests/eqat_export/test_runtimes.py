@@ -209,7 +209,7 @@ def test_among_the_last_exports_a_runtime_skips_what_it_does_not_read(
 
 def test_a_missing_extra_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'eqat\[gptq\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install '.*\[gptq\]'"):
         get_runtime("gptqmodel").check("gptq")
     get_runtime("transformers").check(None)
     with pytest.raises(InputError):

@@ -435,5 +435,5 @@ def test_only_folders_of_ours_are_claimed(source, tmp_path) -> None:
 
 def test_a_missing_package_is_named_with_the_command(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("formats.onnx.extra.importlib.util.find_spec", lambda name: None)
-    with open_checkpoint(source) as model, pytest.raises(MissingExtraError, match=r"pip install 'eqat\[onnx\]'"):
+    with open_checkpoint(source) as model, pytest.raises(MissingExtraError, match=r"pip install '.*\[onnx\]'"):
         create_model(ONNX, tmp_path / "out", model)
