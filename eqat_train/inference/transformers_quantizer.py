@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from formats.errors import CheckpointError, InputError
 from formats.model import Checkpoint, open_checkpoint
 
+from ..models.experts import unfuse_experts_
 from ..models.replacing import replace_linear_
 from .packed_linear import PackedLinear, native_shapes
 
@@ -67,6 +68,7 @@ class EqatQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise InputError("a quantized model is loaded from the folder or hub id of its native checkpoint")
+        unfuse_experts_(model, rename=False)
         # transformers builds models with the meta device as the default one; tensors are read on the CPU
         with torch.device("cpu"), open_checkpoint(Path(checkpoint_files[0]).parent, "native") as checkpoint:
             for name in checkpoint.layer_names:
@@ -85,9 +87,10 @@ class EqatQuantizer(HfQuantizer):
 
 
 def _module_name(model: PreTrainedModel, name: str) -> str | None:
-    """The module of a stored layer: its own name, or without the prefix that the bare model lacks."""
-    bare = name.removeprefix(f"{model.base_model_prefix}.")
-    return next((known for known in (name, bare) if _has_module(model, known)), None)
+    """The module of a stored layer: its own name, Mixtral's, or without the prefix that the bare model lacks."""
+    ours = name.replace(".block_sparse_moe.", ".mlp.")
+    bare = ours.removeprefix(f"{model.base_model_prefix}.")
+    return next((known for known in (name, ours, bare) if _has_module(model, known)), None)
 
 
 def _has_module(model: nn.Module, name: str) -> bool:

@@ -105,11 +105,12 @@ class Experts(nn.ModuleList):
         return result
 
 
-def unfuse_experts_(model: PreTrainedModel) -> None:
+def unfuse_experts_(model: PreTrainedModel, *, rename: bool = True) -> None:
     """Replaces fused experts of a known family by ``Experts`` on the meta device, and names all as files do.
 
     Args:
-        model: from ``build_skeleton``, its parameters on the meta device.
+        model: its parameters on the meta device.
+        rename: off where transformers itself reads the file and renames what is around the experts.
     """
     config = model.config.get_text_config()
     names = _FAMILIES.get(config.model_type)
@@ -120,7 +121,7 @@ def unfuse_experts_(model: PreTrainedModel) -> None:
             continue
         around = path.rpartition(".")[0]
         model.set_submodule(path, _taken_apart(module, names, config.num_experts_per_tok))
-        if names.around is not None:
+        if rename and names.around is not None:
             _rename(model.get_submodule(around.rpartition(".")[0]), *names.around)
 
 

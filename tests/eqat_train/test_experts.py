@@ -341,3 +341,14 @@ def test_a_mixture_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         block, settings, tokens = _mixture(execution)
         with pytest.raises(InputError, match=f"execution is {execution}, but each expert of this mixture"):
             block_steps(block, BlockCall(), settings, 4, tokens[0], pytest.fail)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_native_mixtures_load_in_transformers(architecture: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    out = trained(saved(architecture), tmp_path, epochs=0)
+    model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    tokens = tiny_tokens(2, seed=5)
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    torch.testing.assert_close(logits, in_transformers(out, architecture, tokens), rtol=0, atol=1e-5)
