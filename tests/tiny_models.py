@@ -31,6 +31,7 @@ __all__ = [
     "HIDDEN_SIZE",
     "MIXTURES",
     "SEQUENCE",
+    "SHAPE",
     "VOCABULARY",
     "save_tiny_model",
     "tiny_config",
@@ -40,7 +41,7 @@ __all__ = [
 HIDDEN_SIZE = 64
 VOCABULARY = 257  # every byte, and <|endoftext|> as id 0
 SEQUENCE = 24
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN_SIZE,
     "intermediate_size": 128,
@@ -55,27 +56,27 @@ _SHAPE: dict[str, Any] = {
 
 # Sliding windows are shorter than SEQUENCE, so that masks differ from plain causal ones.
 ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(**_SHAPE, tie_word_embeddings=False),
-    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=8, tie_word_embeddings=False),
-    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
-    "phi3": lambda: Phi3Config(**_SHAPE, tie_word_embeddings=False),
-    "olmo2": lambda: Olmo2Config(**_SHAPE, tie_word_embeddings=False),
-    "smollm3": lambda: SmolLM3Config(**_SHAPE, no_rope_layer_interval=2),
+    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=8, tie_word_embeddings=False),
+    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+    "phi3": lambda: Phi3Config(**SHAPE, tie_word_embeddings=False),
+    "olmo2": lambda: Olmo2Config(**SHAPE, tie_word_embeddings=False),
+    "smollm3": lambda: SmolLM3Config(**SHAPE, no_rope_layer_interval=2),
 }
 
 # Mixtures of four experts, two a token; Qwen2's first layer is an ordinary one.
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
     "qwen2_moe": lambda: Qwen2MoeConfig(
-        **_SHAPE, **_EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=96, mlp_only_layers=[0]
+        **SHAPE, **_EXPERTS, moe_intermediate_size=64, shared_expert_intermediate_size=96, mlp_only_layers=[0]
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_SHAPE, **_EXPERTS, head_dim=16, moe_intermediate_size=64, norm_topk_prob=True
+        **SHAPE, **_EXPERTS, head_dim=16, moe_intermediate_size=64, norm_topk_prob=True
     ),
-    "olmoe": lambda: OlmoeConfig(**_SHAPE, **_EXPERTS),
+    "olmoe": lambda: OlmoeConfig(**SHAPE, **_EXPERTS),
 }
 
 
@@ -90,14 +91,19 @@ def tiny_tokens(samples: int, sequence: int = SEQUENCE, seed: int = 0) -> torch.
 
 
 def save_tiny_model(
-    folder: Path, architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0
+    folder: Path,
+    architecture: str | Callable[[], PreTrainedConfig] = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Path:
     """Saves a random model and a byte-level tokenizer, and returns the folder.
 
     Norm weights and biases are random too, so that a forgotten one is noticed.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
+    config = tiny_config(architecture) if isinstance(architecture, str) else architecture()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

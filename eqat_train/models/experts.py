@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from formats.errors import InputError
 
+from .stored_names import rename_
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -122,7 +124,7 @@ def unfuse_experts_(model: PreTrainedModel, *, rename: bool = True) -> None:
         around = path.rpartition(".")[0]
         model.set_submodule(path, _taken_apart(module, names, config.num_experts_per_tok))
         if rename and names.around is not None:
-            _rename(model.get_submodule(around.rpartition(".")[0]), *names.around)
+            rename_(model.get_submodule(around.rpartition(".")[0]), *names.around)
 
 
 def check_experts(block: nn.Module, name: str) -> None:
@@ -188,10 +190,3 @@ def _taken_apart(fused: nn.Module, names: _Names, per_token: int) -> Experts:
         )
     act = fused.get_submodule("act_fn")
     return Experts([Expert(hidden, intermediate, act, names, down.dtype) for _ in range(count)], per_token)
-
-
-def _rename(parent: nn.Module, attribute: str, stored: str) -> None:
-    """A child's paths get the file's name, while the forward of its parent goes on finding it under its own."""
-    child = parent._modules.pop(attribute)
-    parent._modules[stored] = child
-    object.__setattr__(parent, attribute, child)

@@ -24,6 +24,7 @@ from formats.model import Checkpoint, open_checkpoint
 from ..error_text import first_line
 from .experts import unfuse_experts_
 from .hub import resolve_model
+from .stored_names import rename_as_stored_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +91,7 @@ def build_skeleton(
     except (ValueError, KeyError, OSError, ImportError) as exc:
         raise InputError(_explain(source, "model", exc)) from exc
     unfuse_experts_(model)
+    rename_as_stored_(model)
     return model.eval().requires_grad_(False)
 
 
