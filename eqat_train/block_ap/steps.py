@@ -80,6 +80,8 @@ def block_steps(
                 f"execution is {settings.execution}, but each expert of this mixture gets other tokens in every step, "
                 "which no graph or compiled step allows for; use execution auto or eager"
             )
+        if settings.execution == "auto":
+            message("steps run without a CUDA graph: each expert of a mixture gets other tokens in every step")
         return steps
     if settings.execution == "eager":
         return steps
