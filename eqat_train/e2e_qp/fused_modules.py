@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..ops.gated_silu import gated_silu
 from ..ops.rms_norm import rms_norm
 from ..ops.rotary import rotary
+from .quant_linear import QuantLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,10 @@ def _norm(norm: Any, x: Tensor, *, impl: str) -> Tensor:
 
 
 def _gated_mlp(mlp: Any, x: Tensor, *, impl: str) -> Tensor:
-    y: Tensor = mlp.down_proj(gated_silu(mlp.gate_proj(x), mlp.up_proj(x), impl=impl))
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    if torch.is_grad_enabled() and isinstance(mlp.down_proj, QuantLinear):
+        return mlp.down_proj.gated(gate, up)
+    y: Tensor = mlp.down_proj(gated_silu(gate, up, impl=impl))
     return y
 
 

@@ -15,6 +15,7 @@ from formats.errors import InvalidLayerError
 from formats.types import SCALE_DTYPES
 
 from ..ops.dequant_matmul import dequant_matmul
+from ..ops.dequant_matmul.autograd import trained_gated_linear
 from ..ops.packed import PackedWeight
 from ..ops.straight_through import round_to_dtype
 
@@ -96,6 +97,22 @@ class QuantLinear(nn.Module):
         scales = round_to_dtype(self.scales, self.scale_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return dequant_matmul(x, self.packed_weight(), scales, bias, impl=self.impl)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The layer's output for ``silu(gate) * up``, which training does not keep.
+
+        Args:
+            gate: ``[..., in]``.
+            up: of the shape and dtype of ``gate``.
+
+        Returns:
+            ``[..., out]`` in the dtype of ``gate``, or autocast's.
+        """
+        if torch.is_autocast_enabled(gate.device.type):
+            gate, up = (factor.to(torch.get_autocast_dtype(gate.device.type)) for factor in (gate, up))
+        scales = round_to_dtype(self.scales, self.scale_dtype)
+        bias = None if self.bias is None else self.bias.to(gate.dtype)
+        return trained_gated_linear(gate, up, self.packed_weight(), scales, bias, self.impl)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

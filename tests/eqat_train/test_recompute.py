@@ -123,6 +123,26 @@ def test_fused_modules_are_the_same_function(architecture: str, tmp_path: Path, 
     assert not any("forward" in module.__dict__ for module in packed.model.modules())
 
 
+@pytest.mark.parametrize("plan", [[None, None], [0, 0], [4, 4]])
+def test_the_gated_activation_is_not_kept(plan: list[int | None], tmp_path: Path) -> None:
+    packed = load(tmp_path, "llama")
+    expected_loss, expected, _ = step(packed, [None, None])
+    with fused_modules(packed.model, impl="reference"):
+        loss, gradients, _ = step(packed, plan)
+        kept: dict[int, tuple[int, ...]] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            packed.model(input_ids=WINDOWS.input_ids, use_cache=False)
+    assert torch.equal(loss, expected_loss) and torch.equal(gradients, expected)
+    width = packed.layers[0].mlp.gate_proj.out_features
+    wide = [shape for shape in kept.values() if len(shape) == 3 and shape[-1] == width]
+    assert len(wide) == 2 * len(packed.layers)  # gate and up
+
+
 def test_a_norm_that_computes_something_else_keeps_its_code(tmp_path: Path) -> None:
     packed = load(tmp_path, "llama", torch.bfloat16)
     for norm in [module for module in packed.model.modules() if type(module).__name__ == "LlamaRMSNorm"][:2]:
