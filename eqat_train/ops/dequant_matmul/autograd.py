@@ -6,6 +6,7 @@ checkpointing, which stops recomputing as soon as everything kept is there again
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,23 @@ from ..gated_silu_grad import gated_silu_grad_
 from ..packed import PackedWeight
 from ..scale_grad import scale_grad
 
-__all__ = ["trained_gated_linear", "trained_linear"]
+__all__ = ["trained_gated_linear", "trained_linear", "trained_linears"]
 
 
 def trained_linear(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     """See :func:`eqat_train.ops.dequant_matmul.dequant_matmul`; ``impl`` is that of ``dequant`` and ``scale_grad``."""
-    handle = _Kept.apply(x, packed, scales, bias, impl)
-    return _Product.apply(handle, x.detach(), packed, scales.detach(), _detached(bias), impl)
+    return trained_linears(x, [(packed, scales, bias)], impl)[0]
+
+
+def trained_linears(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor, Tensor | None]], impl: str) -> list[Tensor]:
+    """Several layers of one input, given by their codes, scales and bias; their products add up its gradient."""
+    packed, scales, biases = zip(*layers, strict=True)
+    handles = _Kept.apply(x, packed, impl, *scales, *biases)
+    x = x.detach()
+    return [
+        _Product.apply(handle, x, codes, scale.detach(), _detached(bias), impl)
+        for handle, codes, scale, bias in zip(handles, packed, scales, biases, strict=True)
+    ]
 
 
 def trained_gated_linear(
@@ -39,22 +50,34 @@ def trained_gated_linear(
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps the operands; its output has the shape of the product and no memory."""
+    """Keeps the operands; its outputs have the shapes of the products and no memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-        ctx.save_for_backward(x, scales)
+    def forward(
+        ctx: Any, x: Tensor, packed: tuple[PackedWeight, ...], impl: str, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *parameters[: len(packed)])
         ctx.packed, ctx.impl = packed, impl
-        return _handle(x, packed)
+        return tuple(_handle(x, codes) for codes in packed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scales = ctx.saved_tensors
-        needs_x, _, needs_scales, needs_bias, _ = ctx.needs_input_grad
-        grad_scales = _grad_scales(ctx, x, scales, grad_output) if needs_scales else None
-        grad_x = _grad_x(ctx, scales, grad_output) if needs_x else None
-        return grad_x, None, grad_scales, _grad_bias(grad_output) if needs_bias else None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *scales = ctx.saved_tensors
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        layers = list(zip(ctx.packed, scales, grads, strict=True))
+        grad_scales = [
+            _grad_scales(x, *layer, ctx.impl) if need else None for need, layer in zip(needs, layers, strict=False)
+        ]
+        grad_x: Tensor | None = None
+        for codes, scale, grad in layers if needs_x else ():
+            rows, weight = grad.flatten(0, -2), dequant(codes, scale, grad.dtype, impl=ctx.impl)
+            grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)
+            del weight
+        grad_biases = [
+            _grad_bias(grad) if need else None for need, grad in zip(needs[len(grads) :], grads, strict=True)
+        ]
+        return None if grad_x is None else grad_x.view(x.shape), None, None, *grad_scales, *grad_biases
 
 
 class _KeptGated(torch.autograd.Function):
@@ -72,12 +95,16 @@ class _KeptGated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, scales = ctx.saved_tensors
+        packed: PackedWeight = ctx.packed
         needs_gate, needs_up, _, needs_scales, needs_bias, _ = ctx.needs_input_grad
         grad_scales = grad_gate = grad_up = None
         if needs_scales:
-            grad_scales = _grad_scales(ctx, gated_silu(gate, up, impl=ctx.impl), scales, grad_output)
+            x = gated_silu(gate, up, impl=ctx.impl)
+            grad_scales = _grad_scales(x, packed, scales, grad_output, ctx.impl)
+            del x
         if needs_gate or needs_up:
-            grad_gate, grad_up = gated_silu_grad_(gate, up, _grad_x(ctx, scales, grad_output), impl=ctx.impl)
+            grad_x = grad_output @ dequant(packed, scales, grad_output.dtype, impl=ctx.impl)
+            grad_gate, grad_up = gated_silu_grad_(gate, up, grad_x, impl=ctx.impl)
         return grad_gate, grad_up, None, grad_scales, _grad_bias(grad_output) if needs_bias else None, None
 
 
@@ -85,12 +112,8 @@ def _handle(x: Tensor, packed: PackedWeight) -> Tensor:
     return x.new_empty(()).expand(*x.shape[:-1], packed.out_features)
 
 
-def _grad_scales(ctx: Any, x: Tensor, scales: Tensor, grad_output: Tensor) -> Tensor:
-    return scale_grad(x, grad_output, ctx.packed, impl=ctx.impl).to(scales.dtype)
-
-
-def _grad_x(ctx: Any, scales: Tensor, grad_output: Tensor) -> Tensor:
-    return grad_output @ dequant(ctx.packed, scales, grad_output.dtype, impl=ctx.impl)
+def _grad_scales(x: Tensor, packed: PackedWeight, scales: Tensor, grad_output: Tensor, impl: str) -> Tensor:
+    return scale_grad(x, grad_output, packed, impl=impl).to(scales.dtype)
 
 
 def _grad_bias(grad_output: Tensor) -> Tensor:

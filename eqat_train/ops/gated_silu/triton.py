@@ -50,7 +50,8 @@ class _GatedSilu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         # the incoming gradient may be another's too
         copy = grads[0].clone(memory_format=torch.contiguous_format)
-        return gated_silu_grad_(*ctx.saved_tensors, copy, impl="triton")
+        gate, up = ctx.saved_tensors
+        return gated_silu_grad_(gate, up, copy, impl="triton")
 
 
 @triton.jit
