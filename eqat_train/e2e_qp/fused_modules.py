@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.gated_silu import gated_silu
 from ..ops.rms_norm import rms_norm
 from ..ops.rotary import rotary
+from .quant_linear import QuantLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,11 +54,25 @@ def fused_modules(model: PreTrainedModel, *, impl: str = "auto") -> Iterator[int
             if found is not None and _same_bits(module, *found, embedding):
                 module.forward = partial(found[0], module, impl=impl)
                 changed.append(module)
-        with sdpa_kernel(ATTENTION, set_priority=True):
+        with sdpa_kernel(ATTENTION, set_priority=True), _no_packed_sequences():
             yield len(changed)
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _no_packed_sequences() -> Iterator[None]:
+    """Windows hold one sequence each; to make sure, transformers would wait for the device in every forward pass."""
+    ask = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if ask is None:  # a release that does not
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = ask
 
 
 def _candidate(module: nn.Module) -> tuple[Forward, int] | None:
@@ -92,8 +108,22 @@ def _norm(norm: Any, x: Tensor, *, impl: str) -> Tensor:
 
 
 def _gated_mlp(mlp: Any, x: Tensor, *, impl: str) -> Tensor:
-    y: Tensor = mlp.down_proj(gated_silu(mlp.gate_proj(x), mlp.up_proj(x), impl=impl))
+    gate, up = _outputs(x, mlp.gate_proj, mlp.up_proj)
+    if _trained(mlp.down_proj):
+        return mlp.down_proj.gated(gate, up)
+    y: Tensor = mlp.down_proj(gated_silu(gate, up, impl=impl))
     return y
+
+
+def _outputs(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    if _trained(*linears):
+        return QuantLinear.together([linear for linear in linears if isinstance(linear, QuantLinear)], x)
+    return [linear(x) for linear in linears]
+
+
+def _trained(*modules: nn.Module) -> bool:
+    """Whether all are packed linears on training's path."""
+    return torch.is_grad_enabled() and all(isinstance(module, QuantLinear) for module in modules)
 
 
 def _attention(
@@ -107,11 +137,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     x = hidden_states  # [batch, tokens, hidden]
     heads = (*x.shape[:-1], -1, attention.head_dim)
-    query, key = (
-        rotary(linear(x).view(heads), *position_embeddings, impl=impl).transpose(1, 2)
-        for linear in (attention.q_proj, attention.k_proj)
-    )
-    value = attention.v_proj(x).view(heads).transpose(1, 2)  # [batch, heads, tokens, head_dim]
+    query, key, value = _outputs(x, attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key = (rotary(part.view(heads), *position_embeddings, impl=impl).transpose(1, 2) for part in (query, key))
+    value = value.view(heads).transpose(1, 2)  # [batch, heads, tokens, head_dim]
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     # past_key_values is None here: nothing is generated in training
     y, weights = attend(

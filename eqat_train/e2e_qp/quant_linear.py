@@ -7,6 +7,8 @@ straight-through to ``scale_dtype``, so the layer computes with the very scales 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from formats.errors import InvalidLayerError
 from formats.types import SCALE_DTYPES
 
 from ..ops.dequant_matmul import dequant_matmul
+from ..ops.dequant_matmul.autograd import trained_gated_linear, trained_linears
 from ..ops.packed import PackedWeight
 from ..ops.straight_through import round_to_dtype
 
@@ -96,6 +99,33 @@ class QuantLinear(nn.Module):
         scales = round_to_dtype(self.scales, self.scale_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return dequant_matmul(x, self.packed_weight(), scales, bias, impl=self.impl)
+
+    @staticmethod
+    def together(linears: Sequence[QuantLinear], x: Tensor) -> list[Tensor]:
+        """The outputs of several layers of one input, whose gradient their products add up; not under autocast."""
+        layers = [
+            (
+                linear.packed_weight(),
+                round_to_dtype(linear.scales, linear.scale_dtype),
+                None if linear.bias is None else linear.bias.to(x.dtype),
+            )
+            for linear in linears
+        ]
+        return trained_linears(x, layers, linears[0].impl)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The layer's output for ``silu(gate) * up``, which training does not keep.
+
+        Args:
+            gate: ``[..., in]``.
+            up: of the shape and dtype of ``gate``.
+
+        Returns:
+            ``[..., out]`` in the dtype of ``gate``; not under autocast.
+        """
+        scales = round_to_dtype(self.scales, self.scale_dtype)
+        bias = None if self.bias is None else self.bias.to(gate.dtype)
+        return trained_gated_linear(gate, up, self.packed_weight(), scales, bias, self.impl)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eqat_train.ops.gated_silu import gated_silu
+from eqat_train.ops.gated_silu_grad import gated_silu_grad_
 from eqat_train.ops.rms_norm import rms_norm
 from eqat_train.ops.rotary import rotary
 from eqat_train.ops.tolerances import within_tolerance
@@ -74,6 +75,20 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.d
 @pytest.mark.parametrize("shape", [(3, 5, 77), (2, 4096), (1, 5001)])
 def test_gated_activation(shape: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.device) -> None:
     compare("gated_silu", gated_silu, written_gated_silu, (shape, shape), 2, dtype, kernel_device)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_one_gradient_of_the_gated_activation_takes_the_place_of_the_incoming_one(
+    impl: str, kernel_device: torch.device
+) -> None:
+    gate, up, grad = torch.randn(3, 5, 77, device=kernel_device).unbind()
+    wide = [factor.double().requires_grad_() for factor in (gate, up)]
+    expected = torch.autograd.grad(written_gated_silu(*wide), wide, grad.double())
+    kept = (gate.clone(), up.clone())
+    grad_gate, grad_up = gated_silu_grad_(gate, up, grad, impl=impl)
+    assert grad_up is grad and torch.equal(gate, kept[0]) and torch.equal(up, kept[1])
+    held(within_tolerance("gated_silu", "grad", torch.float32, grad_gate, expected[0]), impl)
+    held(within_tolerance("gated_silu", "grad", torch.float32, grad_up, expected[1]), impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""The activation in one kernel, and both gradients in another."""
+"""The activation in one kernel; its gradients are :mod:`eqat_train.ops.gated_silu_grad`."""
 
 # ruff: noqa: N803 -- compile-time arguments are in capitals
 # mypy: allow-untyped-defs
@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..gated_silu_grad import gated_silu_grad_
 
 __all__ = ["gated_silu", "refusal"]
 
@@ -39,40 +41,23 @@ class _GatedSilu(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        _forward[_grid(y)](gate, up, y, y.numel(), BLOCK=BLOCK, num_warps=8)
+        grid = (max(1, triton.cdiv(y.numel(), BLOCK)),)
+        _kernel[grid](gate, up, y, y.numel(), SIZE=BLOCK, num_warps=8)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        # the incoming gradient may be another's too
+        copy = grads[0].clone(memory_format=torch.contiguous_format)
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        _backward[_grid(gate)](
-            gate, up, grads[0].contiguous(), grad_gate, grad_up, gate.numel(), BLOCK=BLOCK, num_warps=8
-        )
-        return grad_gate, grad_up
-
-
-def _grid(y: Tensor) -> tuple[int]:
-    return (max(1, triton.cdiv(y.numel(), BLOCK)),)
+        return gated_silu_grad_(gate, up, copy, impl="triton")
 
 
 @triton.jit
-def _forward(gate, up, y, size, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _kernel(gate, up, y, size, SIZE: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = index < size
     g = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + index, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _backward(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    g = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dy + index, mask=inside, other=0.0).to(tl.float32)
-    s = tl.sigmoid(g)
-    tl.store(dup + index, (d * g * s).to(dup.dtype.element_ty), mask=inside)
-    tl.store(dgate + index, (d * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=inside)
