@@ -203,6 +203,16 @@ def test_what_cannot_be_loaded_this_way_is_refused(native: Path, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_refused_and_not_filled_at_random(tmp_path: Path, architecture: str) -> None:
+    around = "block_sparse_moe" if architecture == "mixtral" else "mlp"
+    routers = dict.fromkeys(f"model.layers.{index}.{around}.gate" for index in (0, 1))
+    dense = save_tiny_model(tmp_path / "model", architecture)
+    folder = quantize_folder(dense, tmp_path / "q", QuantScheme(4, 32), schemes=routers)
+    with pytest.raises(InputError, match=r"eqat generate, or make it dense first: eqat export .* --to dense"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_it_generates(native: Path) -> None:
     model = load(native, dtype=torch.float32)
     reference = load_dense_model(native)
