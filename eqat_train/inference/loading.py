@@ -9,6 +9,7 @@ from torch import nn
 
 from formats.model import Checkpoint
 
+from ..models.experts import Experts
 from ..models.packed import load_packed
 from .decoder import Decoder, GraphedDecoder, ModelDecoder
 from .llama_decoder import LlamaDecoder, is_like_llama
@@ -54,12 +55,14 @@ def make_decoder(model: PreTrainedModel, max_length: int, *, graph: bool = True)
     Args:
         model: in evaluation mode, on one device.
         max_length: tokens that fit.
-        graph: on CUDA, replay steps from a CUDA graph.
+        graph: on CUDA, replay steps from a CUDA graph where the model allows it.
 
     Returns:
         A decoder that owns the model, which may not be run by itself any more.
     """
     decoder: Decoder = LlamaDecoder(model, max_length) if is_like_llama(model) else ModelDecoder(model, max_length)
-    if graph and decoder.device.type == "cuda":
+    # a mixture asks on the host how many tokens go to each expert, for which a graph cannot wait
+    waits = any(isinstance(module, Experts) for module in model.modules())
+    if graph and decoder.device.type == "cuda" and not waits:
         decoder = GraphedDecoder(decoder)
     return decoder

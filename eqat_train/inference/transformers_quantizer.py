@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from formats.errors import CheckpointError, InputError
 from formats.model import Checkpoint, open_checkpoint
 
-from ..models.experts import unfuse_experts_
+from ..models.experts import check_experts, unfuse_experts_
 from ..models.replacing import replace_linear_
 from .packed_linear import PackedLinear, native_shapes
 
@@ -71,8 +71,10 @@ class EqatQuantizer(HfQuantizer):
         unfuse_experts_(model, rename=False)
         # transformers builds models with the meta device as the default one; tensors are read on the CPU
         with torch.device("cpu"), open_checkpoint(Path(checkpoint_files[0]).parent, "native") as checkpoint:
-            for name in checkpoint.layer_names:
-                module_name = _module_name(model, name)
+            modules = {name: _module_name(model, name) for name in checkpoint.layer_names}
+            if None in modules.values():
+                _refuse_fused_experts(model, checkpoint.reader.folder)
+            for name, module_name in modules.items():
                 if module_name is not None:  # otherwise transformers reports its tensors as unexpected
                     replace_linear_(model, module_name, _empty(checkpoint, name, model.dtype))
 
@@ -84,6 +86,17 @@ class EqatQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Training scales is ``eqat train``'s."""
         return False
+
+
+def _refuse_fused_experts(model: PreTrainedModel, folder: Path) -> None:
+    """Raises where transformers would leave experts at random numbers, for it has no packed layer to fill."""
+    try:
+        check_experts(model, type(model).__name__)
+    except InputError as exc:
+        raise InputError(
+            f"{folder}: transformers keeps a layer's experts in one parameter and loads none that are packed; run it "
+            f"with eqat generate, or make it dense first: eqat export {folder} --to dense"
+        ) from exc
 
 
 def _module_name(model: PreTrainedModel, name: str) -> str | None:

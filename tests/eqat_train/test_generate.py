@@ -73,6 +73,15 @@ def test_decoding_gives_the_logits_of_the_whole_text(architecture: str, tmp_path
     check_decoder(ModelDecoder(load(folder), 24), folder, 1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_mixtures_are_decoded_too(architecture: str, tmp_path: Path) -> None:
+    around = "block_sparse_moe" if architecture == "mixtral" else "mlp"
+    routers = dict.fromkeys(f"model.layers.{index}.{around}.gate" for index in (0, 1))
+    dense = save_tiny_model(tmp_path / "model", architecture)
+    folder = quantize_folder(dense, tmp_path / "q", QuantScheme(3, 32), schemes=routers)
+    check_decoder(make_decoder(load(folder), 24), folder, 1e-5)
+
+
 def without_sliding_window(folder: Path) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": None}))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import eqat_train  # noqa: F401  registers the quantizer
+from eqat_train.inference import transformers_quantizer
 from eqat_train.inference.packed_linear import PackedLinear
 from eqat_train.models.loading import load_dense_model
 from formats import QuantizedLinear, QuantScheme
@@ -200,6 +201,19 @@ def test_what_cannot_be_loaded_this_way_is_refused(native: Path, tmp_path: Path)
     config["quantization_config"]["checkpoint_format"] = "other"
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="'other'"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_that_stay_fused_are_refused_and_not_filled_at_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    monkeypatch.setattr(transformers_quantizer, "unfuse_experts_", lambda model, **more: None)  # an unknown family
+    around = "block_sparse_moe" if architecture == "mixtral" else "mlp"
+    routers = dict.fromkeys(f"model.layers.{index}.{around}.gate" for index in (0, 1))
+    dense = save_tiny_model(tmp_path / "model", architecture)
+    folder = quantize_folder(dense, tmp_path / "q", QuantScheme(4, 32), schemes=routers)
+    with pytest.raises(InputError, match=r"eqat generate, or make it dense first: eqat export .* --to dense"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -1,8 +1,8 @@
 """Attention of one new token as two kernels: parts of the cache in parallel, then their combination.
 
-A program takes one key-value head, all queries that share it, and one part of the rows so far. Queries are padded to
-the 16 rows that a tensor core wants. The new key and value come from registers, since a program does not see what
-another one writes; the program that has the last part writes them to the cache.
+A program takes one key-value head, all queries that share it, and one part of the rows so far. Where several queries
+share a key they are padded to the 16 rows that a tensor core wants. The new key and value come from registers, since a
+program does not see what another one writes; the program that has their row writes them to the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..overlap import may_overlap
-from .kernels import attend, combine
+from .kernels import attend, attend_alone, combine
 
 if TYPE_CHECKING:
     from . import AttentionCache, HeadNorms
@@ -23,6 +23,7 @@ __all__ = ["decode_attention", "refusal"]
 
 QUERIES = 16
 ROWS = 32
+WARPS = 4
 PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 
 
@@ -53,7 +54,7 @@ def decode_attention(
     out = qkv.new_empty(1, heads * head_dim)
     sums = torch.empty(heads, parts, head_dim, dtype=torch.float32, device=qkv.device)
     weights = torch.empty(2, heads, parts, dtype=torch.float32, device=qkv.device)  # largest score, sum of exponentials
-    attend[(kv_heads, parts)](
+    arguments = (
         qkv,
         cache.keys,
         cache.values,
@@ -68,17 +69,21 @@ def decode_attention(
         kv_heads,
         scale,
         norms.epsilon if norms else 0.0,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        PARTS=parts,
-        NORMS=norms is not None,
-        QUERIES=QUERIES,
-        ROWS=ROWS,
-        WIDE=qkv.device.type == "cpu",  # Triton's interpreter has no bfloat16 matmul
-        OVERLAP=overlap,
-        num_warps=4,
-        launch_pdl=overlap,
     )
+    settings = {
+        "HEAD_DIM": head_dim,
+        "PARTS": parts,
+        "NORMS": norms is not None,
+        "ROWS": ROWS,
+        "OVERLAP": overlap,
+        "num_warps": WARPS,
+        "launch_pdl": overlap,
+    }
+    if heads == kv_heads:
+        attend_alone[(heads, parts)](*arguments, **settings)
+    else:
+        wide = qkv.device.type == "cpu"  # Triton's interpreter has no bfloat16 matmul
+        attend[(kv_heads, parts)](*arguments, GROUP=heads // kv_heads, QUERIES=QUERIES, WIDE=wide, **settings)
     combine[(heads,)](
         sums,
         weights,
