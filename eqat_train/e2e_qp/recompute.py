@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .quant_linear import QuantLinear
 
-__all__ = ["plan_recomputing", "recomputed_in_backward"]
+__all__ = ["least_memory", "plan_recomputing", "recomputed_in_backward"]
 
 _ATTENTION = frozenset(
     getattr(torch.ops.aten, name).default
@@ -74,10 +74,7 @@ def plan_recomputing(layers: Sequence[nn.Module], tokens: int, itemsize: int, bu
         For :func:`recomputed_in_backward`. An output kept saves the same work for each of its bytes, whichever linear
         it is of, so layers are filled one after the other, the last first.
     """
-    linears = [[m for m in layer.modules() if isinstance(m, QuantLinear)] for layer in layers]
-    whole = [tokens * itemsize * sum(m.in_features + m.out_features for m in found) for found in linears]
-    # a layer's input and its attention's output
-    least = [2 * tokens * itemsize * (found[0].in_features if found else 0) for found in linears]
+    linears, whole, least = _sizes(layers, tokens * itemsize)
     plan: list[int | None] = [0] * len(linears)
     left = budget - sum(least) - max(whole, default=0)
     for index in reversed(range(len(linears))):
@@ -98,6 +95,21 @@ def plan_recomputing(layers: Sequence[nn.Module], tokens: int, itemsize: int, bu
             products += 1
         plan[index] = products
     return plan
+
+
+def least_memory(layers: Sequence[nn.Module], tokens: int, itemsize: int) -> int:
+    """Bytes that forward keeps for backward when every layer but the last is recomputed whole."""
+    _, whole, least = _sizes(layers, tokens * itemsize)
+    return sum(least[:-1]) + max(whole, default=0)
+
+
+def _sizes(layers: Sequence[nn.Module], width: int) -> tuple[list[list[QuantLinear]], list[int], list[int]]:
+    """Each layer's linears, the bytes it keeps when it is not recomputed, and at the least; ``width`` a feature."""
+    linears = [[module for module in layer.modules() if isinstance(module, QuantLinear)] for layer in layers]
+    whole = [width * sum(linear.in_features + linear.out_features for linear in found) for found in linears]
+    # a layer's input and its attention's output
+    least = [2 * width * (found[0].in_features if found else 0) for found in linears]
+    return linears, whole, least
 
 
 def _contexts(products: int) -> Any:

@@ -26,7 +26,7 @@ from ..resume.stopping import StopAfterStep
 from .fused_modules import fused_modules
 from .next_token import accumulate_gradients, mean_loss
 from .packed_model import PackedModel
-from .recompute import plan_recomputing, recomputed_in_backward
+from .recompute import least_memory, plan_recomputing, recomputed_in_backward
 from .settings import E2eSettings
 from .state import DamagedStateError, E2eProgress, E2eState
 
@@ -85,9 +85,8 @@ class Trainer:
         self.packed, self.settings, self.reporter, self.state = packed, settings, reporter, state
         self.device = settings.resolved_device()
         self.lr = settings.resolved_lr(max(linear.bits for linear in packed.linears.values()))
-        self.micro_batch_size = settings.micro_batch_size or _micro_batch_size(
-            settings.batch_size, seq_len, self.device
-        )
+        self._budget = self._activation_budget()
+        self.micro_batch_size = settings.micro_batch_size or self._fitting_micro_batch_size(seq_len)
         self.kept = self._plan(self.micro_batch_size * seq_len)
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
@@ -203,18 +202,33 @@ class Trainer:
         self.reporter.event("e2e_step", step=step.number + 1, loss=loss, lr=step.lr, grad_norm=norm)
         return loss
 
+    def _activation_budget(self) -> int:
+        if self.settings.activation_budget is not None:
+            return self.settings.activation_budget
+        if self.device.type == "cuda":
+            return int(FREE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        return ACTIVATION_BUDGET
+
+    def _fitting_micro_batch_size(self, seq_len: int) -> int:
+        """Windows a pass that fill the device, the batch cut evenly; on a GPU no more than its memory takes."""
+        batch_size, itemsize = self.settings.batch_size, self.settings.resolved_compute_dtype().itemsize
+        passes = math.ceil(
+            batch_size / max(1, MICRO_TOKENS["cuda" if self.device.type == "cuda" else "cpu"] // seq_len)
+        )
+        size = math.ceil(batch_size / passes)
+        while size > 1 and self.device.type == "cuda":
+            if least_memory(list(self.packed.layers), size * seq_len, itemsize) <= self._budget:
+                break
+            passes += 1
+            size = math.ceil(batch_size / passes)
+        return size
+
     def _plan(self, tokens: int) -> list[int | None]:
         """What each layer keeps for backward."""
         if self.settings.gradient_checkpointing is not None:
             return [0 if self.settings.gradient_checkpointing else None] * len(self.packed.layers)
-        budget = self.settings.activation_budget
-        if budget is None:
-            budget = ACTIVATION_BUDGET
-            if self.device.type == "cuda":
-                budget = int(FREE_SHARE * torch.cuda.mem_get_info(self.device)[0])
-        return plan_recomputing(
-            list(self.packed.layers), tokens, self.settings.resolved_compute_dtype().itemsize, budget
-        )
+        itemsize = self.settings.resolved_compute_dtype().itemsize
+        return plan_recomputing(list(self.packed.layers), tokens, itemsize, self._budget)
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
@@ -227,12 +241,6 @@ def _diverged(what: str, where: str) -> NoReturn:
         f"E2E-QP diverged: {what} at {where}; nothing was written and the starting checkpoint is unchanged, "
         "start from it again with a lower learning rate"
     )
-
-
-def _micro_batch_size(batch_size: int, seq_len: int, device: torch.device) -> int:
-    """Windows a pass that fill the device, the batch cut evenly."""
-    most = max(1, MICRO_TOKENS["cuda" if device.type == "cuda" else "cpu"] // seq_len)
-    return math.ceil(batch_size / math.ceil(batch_size / most))
 
 
 def _nbytes(tensor: Tensor) -> int:

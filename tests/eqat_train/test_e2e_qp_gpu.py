@@ -57,6 +57,12 @@ def test_losses_are_those_of_the_cpu(start: Path, tmp_path: Path, checkpointing:
     assert names and all(before[name] == after[name] for name in names)
 
 
+def test_a_small_budget_takes_smaller_micro_batches_and_gives_the_same_losses(start: Path, tmp_path: Path) -> None:
+    whole = run(start, tmp_path / "whole", replace(SETTINGS, micro_batch_size=None))
+    small = run(start, tmp_path / "small", replace(SETTINGS, micro_batch_size=None, activation_budget=2**18))
+    assert small.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
 def test_a_diverging_run_names_its_step_and_writes_nothing(start: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingDivergedError, match=r"step 2 of 4, lr .* starting checkpoint is unchanged"):
         run(start, tmp_path / "out", replace(SETTINGS, lr=1e30))
