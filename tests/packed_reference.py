@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eqat_train.ops.packed import PackedWeight
 
-__all__ = ["PackedCase", "make_case", "pack_words"]
+__all__ = ["PackedCase", "RandomCase", "make_case", "pack_words", "random_case"]
 
 
 def pack_words(rows: list[list[int]], bits: int) -> Tensor:
@@ -71,3 +71,34 @@ def make_case(
             index.int() if act_order else None,
         ),
     )
+
+
+@dataclass
+class RandomCase:
+    """A large layer on the GPU: random words, and what they hold."""
+
+    centered: Tensor  # q - z, float64 [out, in]
+    scales: Tensor  # [groups, out] float32, exactly representable in float16
+    index: Tensor  # [in] int64, group of each input feature
+    packed: PackedWeight
+
+
+def random_case(bits: int, group_size: int, out_features: int, in_features: int) -> RandomCase:
+    """A layer of random words, unpacked by shifts in int64."""
+    generator = torch.Generator(device="cuda").manual_seed(bits)
+    width = in_features if group_size == -1 else group_size
+    groups, per_word = math.ceil(in_features / width), 32 // bits
+    index = torch.arange(in_features, device="cuda") // width
+
+    def words(*shape: int) -> Tensor:
+        used = 2 ** (per_word * bits)
+        return torch.randint(used, shape, generator=generator, device="cuda", dtype=torch.int64)
+
+    rows = words(math.ceil(in_features / per_word), out_features)
+    zero_rows = words(groups, math.ceil(out_features / per_word))
+    shifts = torch.arange(per_word, device="cuda") * bits
+    codes = (rows.unsqueeze(1) >> shifts.view(1, -1, 1) & 2**bits - 1).flatten(0, 1)[:in_features]  # [in, out]
+    zeros = (zero_rows.unsqueeze(2) >> shifts & 2**bits - 1).flatten(1)[:, :out_features]  # [groups, out]
+    scales = torch.rand(groups, out_features, generator=generator, device="cuda") * 0.02 + 0.01
+    packed = PackedWeight(rows.to(torch.int32), zero_rows.to(torch.int32), bits, group_size, in_features)
+    return RandomCase((codes - zeros[index]).t().double(), scales.half().float(), index, packed)

@@ -6,8 +6,9 @@ output features. The weight is ``w[n, k] = (q[n, k] - z[g, n]) * s[g, n]``, ``g`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = ["PackedWeight"]
@@ -47,3 +48,8 @@ class PackedWeight:
     def whole_groups(self) -> bool:
         """True when groups are consecutive and all of the same length, so that a view splits them."""
         return self.g_idx is None and (self.group_size == -1 or self.in_features % self.group_size == 0)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same on another device."""
+        g_idx = None if self.g_idx is None else self.g_idx.to(device)
+        return replace(self, qweight=self.qweight.to(device), qzeros=self.qzeros.to(device), g_idx=g_idx)

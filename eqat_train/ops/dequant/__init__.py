@@ -12,11 +12,11 @@ __all__ = ["dequant"]
 
 
 def dequant(packed: PackedWeight, scales: Tensor, dtype: torch.dtype = torch.float32, *, impl: str = "auto") -> Tensor:
-    """Dequantized weight. The difference is an exact integer; the product is taken in the dtype of ``scales``.
+    """Dequantized weight: the difference is an exact integer, the product is float32 (float64 for such scales).
 
     Args:
         packed: codes and zero-points.
-        scales: float32 (or float64) ``[groups, out]``.
+        scales: floating ``[groups, out]``.
         dtype: the product is rounded to it once.
         impl: see :mod:`eqat_train.ops.dispatch`.
 

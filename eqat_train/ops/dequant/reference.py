@@ -36,9 +36,9 @@ def centered_codes(packed: PackedWeight) -> Tensor:
 
 
 def apply_scales(packed: PackedWeight, centered: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``centered * s``, multiplied in the dtype of ``scales`` ``[groups, out]`` and rounded once: ``[out, in]``."""
-    rows = scales.t()  # [out, groups]
-    values = centered.to(scales.dtype)  # [out, in]
+    """``centered * s`` ``[out, in]``, in float32 or wider ``scales`` ``[groups, out]``'s dtype, and rounded once."""
+    rows = scales.t().to(torch.promote_types(scales.dtype, torch.float32))  # [out, groups]
+    values = centered.to(rows.dtype)  # [out, in]
     if packed.whole_groups:
         weight = (values.unflatten(1, (packed.groups, -1)) * rows.unsqueeze(-1)).flatten(1)
     else:

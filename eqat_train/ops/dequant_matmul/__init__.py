@@ -12,6 +12,7 @@ from torch import Tensor
 from ..dispatch import run
 from ..packed import PackedWeight
 from .autograd import trained_linear
+from .operator import packed_linear
 
 __all__ = ["dequant_matmul"]
 
@@ -21,14 +22,15 @@ def dequant_matmul(
 ) -> Tensor:
     """Output of the layer, differentiable in ``x``, ``scales`` and ``bias``.
 
-    The weight is ``(q - z) * s`` in the dtype of ``scales``, rounded once to the dtype of ``x``; both matmuls with it
-    and ``dY^T X`` run in the dtype of ``x``; the scales' gradient is reduced in float32 (float64 for a float64 ``x``)
-    and returned in the dtype of ``scales``.
+    The weight is ``(q - z) * s`` in float32 (float64 for such scales), rounded once to the dtype of ``x``; both matmuls
+    with it and ``dY^T X`` run in the dtype of ``x``. The scales' gradient is reduced in float32 (float64 for a float64
+    ``x``) and returned in the dtype of ``scales``. The kernel for a single row of ``x`` does not round the weight: it
+    applies scales to float32 sums.
 
     Args:
         x: floating ``[..., in]``.
         packed: codes and zero-points.
-        scales: float32 (or float64) ``[groups, out]``.
+        scales: floating ``[groups, out]``; training has them in float32.
         bias: ``[out]`` in the dtype of ``x``, or None.
         impl: see :mod:`eqat_train.ops.dispatch`.
 
@@ -38,4 +40,8 @@ def dequant_matmul(
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scales, bias))
     if trained and (impl == "triton" or (impl == "auto" and x.device.type == "cuda")):
         return trained_linear(x, packed, scales, bias, impl)
+    if torch.compiler.is_compiling() and not trained:
+        return packed_linear(
+            x, packed.qweight, packed.qzeros, scales, bias, packed.g_idx, packed.bits, packed.group_size, impl
+        )
     return run("dequant_matmul", impl, x.device, x, packed, scales, bias)

@@ -1,0 +1,179 @@
+"""Packed linear for 1 to 16 rows of x: one kernel on tensor cores, bounded by the bytes of the weight.
+
+A lane reads four neighbouring words at once; the four lanes that share output features hold four rows of words,
+together a *unit* of ``4 * 32 / bits`` input features times 32 output features. Warps split K and are added at the end
+in their order: the same input gives the same bits every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ..packed import PackedWeight
+from .decode_row import decode_row_kernel
+from .decode_rows import decode_rows_kernel
+from .ptx import classes, multiply, sum_warps, unpack_words
+from .ptx_rows import multiply_weights, weights
+
+__all__ = ["MAX_ROWS", "Plan", "decode_matmul", "decode_refusal"]
+
+MAX_ROWS = 16
+FEATURES = 32  # output features a warp
+COLUMNS = 8  # of a tensor core's tile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer's words are divided.
+
+    Attributes:
+        deep: warps of a program that split K.
+        units: that a warp loads at once.
+        across: warps of a program that hold other output features.
+        apart: sums by position (:mod:`.ptx`), which float16 allows.
+        registers: a thread may have, or None; fewer let more programs run at a time.
+    """
+
+    deep: int
+    units: int
+    across: int = 1
+    apart: bool = True
+    registers: int | None = None
+
+
+def choose(words: int, out_features: int, rows: int) -> Plan:
+    """The plan for a layer, from measurements on an H200 (docs/results.md)."""
+    few = out_features <= 6144  # programs of 32 output features are then about one a multiprocessor
+    if rows == 1:
+        return Plan(8, max(1, min(8, -(-words // 32)))) if few else Plan(4, 8, registers=128)
+    return Plan(8, 4) if few else Plan(4, 2, 4)
+
+
+def decode_refusal(x: Tensor, packed: PackedWeight, scales: Tensor) -> str | None:
+    """Why these kernels cannot compute ``x`` ``[rows, in]``, or None."""
+    if not 0 < x.shape[0] <= MAX_ROWS:
+        return f"x has {x.shape[0]} rows, not 1 to {MAX_ROWS}"
+    if packed.g_idx is not None:
+        return "groups are not consecutive"
+    if any(tensor.data_ptr() % 16 for tensor in (x, packed.qweight, packed.qzeros, scales)):
+        return "a tensor does not start at a multiple of 16 bytes"
+    return _layer_refusal(packed.bits, _width(packed), packed.in_features, packed.out_features, x.dtype, x.device)
+
+
+@cache
+def _layer_refusal(
+    bits: int, width: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    step = 2 if bits == 3 else 32 // bits  # 3-bit words may lie in two groups
+    problems = {
+        "the interpreter runs no assembly": triton.knobs.runtime.interpret,
+        f"x is {dtype}, not float16 or bfloat16": dtype not in (torch.float16, torch.bfloat16),
+        f"out_features {out_features} is no multiple of {FEATURES}": out_features % FEATURES != 0,
+        f"in_features {in_features} or groups of {width} are no multiples of {step}": (
+            in_features % step != 0 or width % step != 0
+        ),
+        f"groups of {width} are too short": _block(bits, width, 1) == 0 or (bits == 3 and width < 10),
+        "it needs an NVIDIA GPU of compute capability 8.0": (
+            device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0)
+        ),
+    }
+    return next((why for why, true in problems.items() if true), None)
+
+
+def decode_matmul(
+    x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, plan: Plan | None = None
+) -> Tensor:
+    """``x`` ``[1 to 16, in]`` times the weight, plus ``bias``: ``[rows, out]`` in the dtype of ``x``."""
+    x, scales = x.contiguous(), scales.detach().contiguous()
+    plan = plan or choose(packed.qweight.shape[0], packed.out_features, x.shape[0])
+    out = x.new_empty(x.shape[0], packed.out_features)
+    (_one_row if x.shape[0] == 1 else _rows)(x, packed, scales, bias, out, plan)
+    return out
+
+
+def _one_row(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan) -> None:
+    bits, bf16 = packed.bits, x.dtype == torch.bfloat16
+    words, width = packed.qweight.shape[0], _width(packed)
+    block = _block(bits, width, plan.units)
+    sets = plan.units // block * 2
+    thread = sets * (4 * scales.dtype.itemsize + (4 if 32 % bits == 0 else 8))
+    shared = plan.deep * max(32 * thread + plan.units * 4 * (32 // bits) * 2, 128)
+    apart = plan.apart and not bf16
+    unpack, unpack_operands = unpack_words(bits, bf16, apart)
+    product, product_operands = multiply(bits, bf16, apart)
+    total, total_operands = sum_warps(1, plan.deep)
+    decode_row_kernel[(packed.out_features // FEATURES,)](
+        *(x, packed.qweight, packed.qzeros, scales, bias, out),
+        *(packed.in_features, packed.out_features, words, packed.groups, packed.qzeros.shape[1], 0),
+        BITS=bits,
+        GROUP=width,
+        UNPACK=unpack,
+        UNPACK_OPERANDS=unpack_operands,
+        MULTIPLY=product,
+        MULTIPLY_OPERANDS=product_operands,
+        SUM=total,
+        SUM_OPERANDS=total_operands,
+        SHARED=_shared(shared),
+        CLASSES=tuple(classes(bits, apart)),
+        BLOCK=block,
+        UNITS=plan.units,
+        STEPS=-(-words // (4 * plan.units * plan.deep)),
+        WARPS=plan.deep,
+        num_warps=plan.deep,
+        maxnreg=plan.registers,
+    )
+
+
+def _rows(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan) -> None:
+    bits, bf16 = packed.bits, x.dtype == torch.bfloat16
+    words, tiles = packed.qweight.shape[0], -(-x.shape[0] // COLUMNS)
+    weight, weight_operands = weights(bits, bf16, scales.dtype == x.dtype)
+    product, product_operands = multiply_weights(bits, bf16)
+    total, total_operands = sum_warps(8 * tiles, plan.deep, plan.across)
+    decode_rows_kernel[(triton.cdiv(packed.out_features, FEATURES * plan.across),)](
+        *(x, packed.qweight, packed.qzeros, scales, bias, out),
+        *(x.shape[0], packed.in_features, packed.out_features, words, packed.groups, packed.qzeros.shape[1], 0),
+        BITS=bits,
+        GROUP=_width(packed),
+        WEIGHTS=weight,
+        WEIGHTS_OPERANDS=weight_operands,
+        MULTIPLY=product,
+        MULTIPLY_OPERANDS=product_operands,
+        SUM=total,
+        SUM_OPERANDS=total_operands,
+        SHARED=_shared(128 * 8 * tiles * plan.deep * plan.across),
+        TILES=tiles,
+        UNITS=plan.units,
+        STEPS=-(-words // (4 * plan.units * plan.deep)),
+        ACROSS=plan.across,
+        DEEP=plan.deep,
+        num_warps=plan.deep * plan.across,
+        maxnreg=plan.registers,
+    )
+
+
+def _width(packed: PackedWeight) -> int:
+    return packed.in_features if packed.group_size == -1 else packed.group_size
+
+
+def _block(bits: int, width: int, units: int) -> int:
+    """The most units, a divisor of ``units``, that have no more groups than a tile has columns; 0 if none has."""
+    for block in range(units, 0, -1):
+        span = 4 * (32 // bits) * block
+        if span % width == 0:
+            groups = span // width
+        else:
+            groups = 1 if width % span == 0 else (span - 1) // width + 2
+        if units % block == 0 and groups <= COLUMNS:
+            return block
+    return 0
+
+
+def _shared(size: int) -> str:
+    """Assembly that gives the address of so many bytes of shared memory."""
+    return f"{{.shared .align 16 .b8 room[{size}]; mov.b32 $0, room;}}"

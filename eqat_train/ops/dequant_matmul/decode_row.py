@@ -1,0 +1,295 @@
+"""The kernel for one row of x: a column of the tensor core's tile is a group of input features.
+
+A column holds the row's inputs that are in its group and zeros elsewhere, so one product adds up 8 groups apart; scales
+and zero-points are applied to the sums, ``s * (sum(q * x) - z * sum(x))``, in float32. A *block* is as many units as
+have no more than 8 groups. Scales, zero-points and x go to shared memory by copies that run on while words are loaded.
+"""
+
+# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .lanes import divide, store, stream4, thread_index
+
+__all__ = ["decode_row_kernel"]
+
+COPY16: tl.constexpr = tl.constexpr("cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, 0;")
+COPY8: tl.constexpr = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 8, $3; mov.b32 $0, 0;")
+COPY4: tl.constexpr = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 4, $3; mov.b32 $0, 0;")
+COPY_UP_TO_16: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $4, 0;
+@p cp.async.cg.shared.global [$1], [$2], 16, $3;
+mov.b32 $0, 0;
+}""")
+# the operand is never 1, but that is not known: the wait comes after what the operand depends on
+WAIT: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $1, 1;
+@p cp.async.wait_all;
+bar.warp.sync 0xffffffff;
+mov.b32 $0, $1;
+}""")
+MEET: tl.constexpr = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
+TAKE4: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $5, 0;
+mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+@p ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];
+}""")
+TAKE2: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $3, 0;
+mov.b32 $0, 0; mov.b32 $1, 0;
+@p ld.shared.v2.b32 {$0, $1}, [$2];
+}""")
+TAKE1: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $2, 0;
+mov.b32 $0, 0;
+@p ld.shared.b32 $0, [$1];
+}""")
+SWAP1: tl.constexpr = tl.constexpr("{.reg .b32 t; shfl.sync.bfly.b32 t, $2, 1, 31, 0xffffffff; add.f32 $0, $1, t;}")
+SWAP2: tl.constexpr = tl.constexpr("{.reg .b32 t; shfl.sync.bfly.b32 t, $2, 2, 31, 0xffffffff; add.f32 $0, $1, t;}")
+HALVES: tl.constexpr = tl.constexpr("{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}")
+
+
+@triton.jit
+def _copy(to, pointer, mask, SIZE: tl.constexpr):
+    """Starts a copy of SIZE bytes a thread to a shared address, of zeros where masked."""
+    COPY: tl.constexpr = COPY16 if SIZE == 16 else (COPY8 if SIZE == 8 else COPY4)
+    tl.inline_asm_elementwise(COPY, "=r,r,l,r", [to, pointer, mask.to(tl.int32) * SIZE], tl.int32, False, 1)
+
+
+@triton.jit
+def _take4(at, mask):
+    INTS: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+    return tl.inline_asm_elementwise(TAKE4, "=&r,=&r,=&r,=&r,r,r", [at, mask.to(tl.int32)], INTS, False, 1)
+
+
+@triton.jit
+def _take2(at, mask):
+    INTS: tl.constexpr = (tl.int32, tl.int32)
+    return tl.inline_asm_elementwise(TAKE2, "=&r,=&r,r,r", [at, mask.to(tl.int32)], INTS, False, 1)
+
+
+@triton.jit
+def _take1(at, mask):
+    return tl.inline_asm_elementwise(TAKE1, "=&r,r,r", [at, mask.to(tl.int32)], tl.int32, False, 1)
+
+
+@triton.jit
+def _scales(at, DTYPE: tl.constexpr):
+    """Four neighbouring scales in float32."""
+    always = (at & 0) == 0
+    if DTYPE == tl.float32:
+        a, b, c, d = _take4(at, always)
+        return (
+            a.to(tl.float32, bitcast=True),
+            b.to(tl.float32, bitcast=True),
+            c.to(tl.float32, bitcast=True),
+            d.to(tl.float32, bitcast=True),
+        )
+    else:
+        a, c = _take2(at, always)
+        if DTYPE == tl.float16:
+            low = tl.inline_asm_elementwise(HALVES, "=f,=f,r", [a], (tl.float32, tl.float32), True, 1)
+            return low + tl.inline_asm_elementwise(HALVES, "=f,=f,r", [c], (tl.float32, tl.float32), True, 1)
+        else:
+            return (
+                (a << 16).to(tl.float32, bitcast=True),
+                (a & -65536).to(tl.float32, bitcast=True),
+                (c << 16).to(tl.float32, bitcast=True),
+                (c & -65536).to(tl.float32, bitcast=True),
+            )
+
+
+@triton.jit
+def _turn(field, BITS: tl.constexpr):
+    """The bit of a field of this word or, past its end, of the next."""
+    return tl.where(field < 32 // BITS, field, field - 32 // BITS) * BITS
+
+
+@triton.jit
+def _zeros(at, next_word, n, BITS: tl.constexpr):
+    """Four neighbouring zero-points in float32; ``n`` is a multiple of 4."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    ONES: tl.constexpr = (1 << BITS) - 1
+    always = (at & 0) == 0
+    first = _take1(at, always)
+    field = n - divide(n, PER_WORD) * PER_WORD
+    if 32 % BITS == 0:
+        a = first >> (field * BITS)
+        b = a >> BITS
+        c = a >> (2 * BITS)
+        d = a >> (3 * BITS)
+    else:
+        # may go on in the next word
+        second = _take1(at + next_word, always)
+        a = first >> (field * BITS)
+        b = tl.where(field + 1 < PER_WORD, first, second) >> _turn(field + 1, BITS)
+        c = tl.where(field + 2 < PER_WORD, first, second) >> _turn(field + 2, BITS)
+        d = tl.where(field + 3 < PER_WORD, first, second) >> _turn(field + 3, BITS)
+    return (
+        (a & ONES).to(tl.float32),
+        (b & ONES).to(tl.float32),
+        (c & ONES).to(tl.float32),
+        (d & ONES).to(tl.float32),
+    )
+
+
+@triton.jit
+def _inputs(at, k, first, column, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """The inputs of a word from shared memory, two a register, zero where ``k``'s group is not ``first + column``."""
+    here = divide(k, GROUP) - first == column
+    if BITS == 3:
+        # a word may lie in two groups, which part at an even k
+        a = _take1(at, here)
+        b = _take1(at + 4, divide(k + 2, GROUP) - first == column)
+        c = _take1(at + 8, divide(k + 4, GROUP) - first == column)
+        d = _take1(at + 12, divide(k + 6, GROUP) - first == column)
+        e = _take1(at + 16, divide(k + 8, GROUP) - first == column)
+        return (a, b, c, d, e)
+    elif BITS == 2:
+        return _take4(at, here) + _take4(at + 16, here)
+    elif BITS == 4:
+        return _take4(at, here)
+    else:
+        return _take2(at, here)
+
+
+@triton.jit
+def _halve(a, b, lane, BIT: tl.constexpr):
+    """``a`` and its neighbour's on lanes where the bit is clear, ``b`` and its neighbour's on the others, added."""
+    low = (lane & BIT) == 0
+    SWAP: tl.constexpr = SWAP2 if BIT == 2 else SWAP1
+    return tl.inline_asm_elementwise(SWAP, "=f,f,f", [tl.where(low, a, b), tl.where(low, b, a)], tl.float32, True, 1)
+
+
+@triton.jit
+def decode_row_kernel(
+    x,  # 16-bit [K]
+    qweight,  # int32 [words, N]
+    qzeros,  # int32 [groups, zeros_stride]
+    scales,  # floating [groups, N]
+    bias,  # [N] or None
+    out,  # [N]
+    K,
+    N,
+    words,
+    groups,
+    zeros_stride,
+    nothing,  # 0
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNPACK: tl.constexpr,
+    UNPACK_OPERANDS: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    MULTIPLY_OPERANDS: tl.constexpr,
+    SUM: tl.constexpr,
+    SUM_OPERANDS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,  # units whose sums share scales
+    UNITS: tl.constexpr,  # that a warp loads at once
+    STEPS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    PER_WORD: tl.constexpr = 32 // BITS
+    PAIRS: tl.constexpr = PER_WORD // 2
+    SPAN: tl.constexpr = 4 * PER_WORD * BLOCK  # input features a block
+    ALIGNED: tl.constexpr = SPAN % GROUP == 0 or GROUP % SPAN == 0  # a block starts where a group does, or has one
+    SUMS: tl.constexpr = 8 * len(CLASSES) + 4
+    THREADS: tl.constexpr = 32 * WARPS
+    # bytes: a thread's four scales, words of zero-points, and what a warp needs of x
+    SCALE: tl.constexpr = 4 * scales.dtype.element_ty.primitive_bitwidth // 8
+    ZEROS: tl.constexpr = 4 if 32 % BITS == 0 else 8
+    SETS: tl.constexpr = UNITS // BLOCK * 2
+    CHUNK: tl.constexpr = UNITS * 4 * PER_WORD * 2
+    thread = thread_index(THREADS)
+    warp = thread >> 5
+    lane = thread & 31
+    r = lane & 3
+    column = lane >> 2
+    base = tl.program_id(0) * 32
+    n = base + column * 4
+    zero = (thread & 0).to(tl.float32)
+    y = (zero, zero, zero, zero, zero, zero, zero, zero)
+    shared = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
+    scales_at = shared + thread * SCALE
+    zeros_at = shared + SETS * THREADS * SCALE + thread * 4
+    x_at = shared + SETS * THREADS * (SCALE + ZEROS) + warp * CHUNK
+    first_row = warp * (4 * UNITS)
+    for _step in range(STEPS):
+        first_k = first_row * PER_WORD
+        for i in tl.static_range((CHUNK + 511) // 512):
+            at = lane * 16 + i * 512
+            left = (K - first_k) * 2 - at
+            size = tl.minimum(tl.maximum(left, 0), 16)
+            # a lane past the chunk must not write either
+            tl.inline_asm_elementwise(
+                COPY_UP_TO_16,
+                "=r,r,l,r,r",
+                [x_at + at, x + first_k + (at >> 1), size, (at < CHUNK).to(tl.int32)],
+                tl.int32,
+                False,
+                1,
+            )
+        for block in tl.static_range(UNITS // BLOCK):
+            block_row = first_row + block * 4 * BLOCK
+            for c in tl.static_range(2):
+                group = divide(block_row * PER_WORD, GROUP) + 2 * r + c
+                live = (block_row < words) & (group < groups)
+                _copy(scales_at + (2 * block + c) * THREADS * SCALE, scales + group.to(tl.int64) * N + n, live, SCALE)
+                zeros_row = qzeros + group.to(tl.int64) * zeros_stride
+                zeros_to = zeros_at + (2 * block + c) * THREADS * ZEROS
+                _copy(zeros_to, zeros_row + divide(n, PER_WORD), live, 4)
+                if ZEROS == 8:
+                    _copy(zeros_to + THREADS * 4, zeros_row + divide(n + 3, PER_WORD), live, 4)
+        row = first_row + r
+        pointer = qweight + row.to(tl.int64) * N + n
+        loaded = ()
+        for unit in tl.static_range(UNITS):
+            loaded = loaded + (stream4(pointer + unit * 4 * N, row + unit * 4 < words),)
+        # nothing is 0, but the compiler cannot know: sums that wait for all words keep the loads in flight together
+        wait = loaded[0][0]
+        for unit in tl.static_range(1, UNITS):
+            wait = wait | loaded[unit][0]
+        start = (wait & nothing).to(tl.float32, bitcast=True)
+        tl.inline_asm_elementwise(WAIT, "=r,r", [wait & nothing], tl.int32, False, 1)
+        for block in tl.static_range(UNITS // BLOCK):
+            acc = (start,) * SUMS
+            for unit in tl.static_range(BLOCK):
+                chunk_row = (block * BLOCK + unit) * 4 + r
+                if ALIGNED:
+                    xs = _inputs(x_at + chunk_row * PER_WORD * 2, (unit * 4 + r) * PER_WORD, 0, column, GROUP, BITS)
+                else:
+                    k = first_k + chunk_row * PER_WORD
+                    first = divide(first_k + block * SPAN, GROUP)
+                    xs = _inputs(x_at + chunk_row * PER_WORD * 2, k, first, column, GROUP, BITS)
+                codes = tl.inline_asm_elementwise(
+                    UNPACK, UNPACK_OPERANDS, loaded[block * BLOCK + unit], (tl.int32,) * (4 * PAIRS), True, 1
+                )
+                acc = tl.inline_asm_elementwise(
+                    MULTIPLY, MULTIPLY_OPERANDS, codes + xs + acc, (tl.float32,) * SUMS, True, 1
+                )
+            new_y = ()
+            for c in tl.static_range(2):
+                s = _scales(scales_at + (2 * block + c) * THREADS * SCALE, scales.dtype.element_ty)
+                z = _zeros(zeros_at + (2 * block + c) * THREADS * ZEROS, THREADS * 4, n, BITS)
+                for t in tl.static_range(4):
+                    total = acc[2 * t + c] * CLASSES[0]
+                    for i in tl.static_range(1, len(CLASSES)):
+                        total += acc[8 * i + 2 * t + c] * CLASSES[i]
+                    new_y = new_y + (y[c * 4 + t] + s[t] * (total - z[t] * acc[SUMS - 4 + c]),)
+            y = new_y
+        first_row += WARPS * 4 * UNITS
+        tl.inline_asm_elementwise(MEET, "=r,r", [thread], tl.int32, False, 1)
+    # lane 4 * column + t gets output feature t, added over the four lanes of the column
+    a = _halve(y[0] + y[4], y[2] + y[6], lane, 2)
+    b = _halve(y[1] + y[5], y[3] + y[7], lane, 2)
+    total = tl.inline_asm_elementwise(SUM, SUM_OPERANDS, [_halve(a, b, lane, 1), shared], tl.float32, False, 1)
+    store(out, bias, total, base + lane, warp * 0, N, warp == 0)
