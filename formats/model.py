@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Format, PackedFormat
+from .base import EMBEDDINGS, Format, PackedFormat
 from .checkpoint import CheckpointReader
 from .container import ModelReader
 from .errors import CheckpointError, UnknownFormatError
@@ -112,13 +112,17 @@ class Checkpoint:
     def ignore(self) -> tuple[str, ...]:
         """Modules beside quantized layers whose matrix is not quantized, and lm_head unless it is.
 
-        Beside means in the same list of blocks: readers quantize nothing outside of it.
+        Beside means in the same list of blocks: readers quantize nothing outside of it, unless the model has parts
+        other than text, with blocks of their own.
         """
+        parts = "text_config" in self.reader.config
         lists = {_block_list(name) for name in self.layer_names} - {None}
         matrices = (
             name.removesuffix(".weight")
             for name in self.passthrough_names
-            if name.endswith(".weight") and len(self.reader.tensors[name].shape) == 2 and _block_list(name) in lists
+            if name.endswith(".weight")
+            and len(self.reader.tensors[name].shape) == 2
+            and (_block_list(name) in lists or (parts and name.split(".")[-2] not in EMBEDDINGS))
         )
         head = () if "lm_head" in self.layer_names else ("lm_head",)
         return (*head, *matrices)

@@ -24,7 +24,7 @@ from eqat_train.reporting.progress import Reporter
 from formats import QuantScheme, available_formats, get_format
 from formats.errors import EqatError
 from formats.model import open_checkpoint
-from tests.tiny_models import ARCHITECTURES, MIXTURES, SHAPE, save_tiny_model, tiny_tokens
+from tests.tiny_models import ARCHITECTURES, MIXTURES, MULTIMODAL, SHAPE, save_tiny_model, tiny_tokens
 
 __all__ = ["FAMILIES", "FORMATS", "REFUSED", "family_row", "page_rows", "refused_row"]
 
@@ -63,6 +63,7 @@ FAMILIES: dict[str, Make] = {
     "glm4": lambda: transformers.Glm4Config(**SHAPE, head_dim=16),
     "exaone4": lambda: transformers.Exaone4Config(**SHAPE, sliding_window=8),
     **MIXTURES,
+    **MULTIMODAL,
 }
 REFUSED: dict[str, Make] = {
     "gpt2": lambda: transformers.GPT2Config(**_GPT),

@@ -10,8 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -23,6 +28,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SiglipVisionConfig,
     SmolLM3Config,
 )
 
@@ -30,6 +36,7 @@ __all__ = [
     "ARCHITECTURES",
     "HIDDEN_SIZE",
     "MIXTURES",
+    "MULTIMODAL",
     "SEQUENCE",
     "SHAPE",
     "VOCABULARY",
@@ -79,10 +86,42 @@ MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmoe": lambda: OlmoeConfig(**SHAPE, **_EXPERTS),
 }
 
+# Models of images and text: a vision tower of three layers, a projector, and a text decoder.
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+MULTIMODAL: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llava": lambda: LlavaConfig(
+        vision_config=CLIPVisionConfig(**_VISION, projection_dim=32).to_dict(),
+        text_config=LlamaConfig(**SHAPE).to_dict(),
+        image_token_index=256,
+        image_seq_length=16,
+    ),
+    "gemma3": lambda: Gemma3Config(
+        vision_config=SiglipVisionConfig(**_VISION).to_dict(),
+        text_config=Gemma3TextConfig(
+            **SHAPE,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ).to_dict(),
+        mm_tokens_per_image=4,
+        image_token_index=256,
+        boi_token_index=254,
+        eoi_token_index=255,
+    ),
+}
+
 
 def tiny_config(architecture: str) -> PreTrainedConfig:
-    """Configuration of a two-layer model; ``architecture`` is a key of ``ARCHITECTURES`` or ``MIXTURES``."""
-    return (ARCHITECTURES | MIXTURES)[architecture]()
+    """Configuration of a two-layer model: a key of ``ARCHITECTURES``, ``MIXTURES`` or ``MULTIMODAL``."""
+    return (ARCHITECTURES | MIXTURES | MULTIMODAL)[architecture]()
 
 
 def tiny_tokens(samples: int, sequence: int = SEQUENCE, seed: int = 0) -> torch.Tensor:
@@ -103,7 +142,8 @@ def save_tiny_model(
     """
     torch.manual_seed(seed)
     config = tiny_config(architecture) if isinstance(architecture, str) else architecture()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -49,7 +49,7 @@ from .starved_experts import report_experts, starved_linears
 from .trainable_block import TrainableBlock, put_numbers_
 from .trainer import train_block
 from .unfinished import block_ap_identity, block_report, going_on, report_from
-from .untouched import has_matrix, untouched_parameters
+from .untouched import has_matrix, other_matrices, untouched_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,7 +154,7 @@ class _Run:
         linears = [name for module, name in inside.items() if is_quantizable(module)]
         self.schemes = choose_schemes(linears, settings.scheme, settings.overrides, outside=outside)
         kept = [name for m, name in inside.items() if has_matrix(m) and self.schemes.get(name) is None]
-        self.ignore = [*outside, *kept]
+        self.ignore = [*outside, *kept, *other_matrices(model, reader.tensors)]
         self.parameters = {
             f"{self.path}.{i}.{name}"
             for i, layer in enumerate(self.layers)

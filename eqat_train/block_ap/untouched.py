@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["has_matrix", "untouched_parameters"]
+from formats.checkpoint import TensorInfo
+
+__all__ = ["has_matrix", "other_matrices", "untouched_parameters"]
 
 
 def untouched_parameters(block: nn.Module, quantized: Container[str]) -> Iterator[str]:
@@ -33,3 +35,10 @@ def has_matrix(module: nn.Module) -> bool:
     """True for a module with a two-dimensional ``weight`` of its own."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() == 2
+
+
+def other_matrices(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Module paths of matrices in a file that belong to none of the model's modules, such as a vision tower's."""
+    ours = {name for name, _ in model.named_modules()}
+    matrices = (name for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2)
+    return [path for path in (name.removesuffix(".weight") for name in matrices) if path not in ours]

@@ -100,8 +100,8 @@ def _refuse_fused_experts(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _module_name(model: PreTrainedModel, name: str) -> str | None:
-    """The module of a stored layer: its own name, Mixtral's, or without the prefix that the bare model lacks."""
-    ours = name.replace(".block_sparse_moe.", ".mlp.")
+    """The module of a stored layer: its own name, transformers' other one, or without the prefix of the bare model."""
+    ours = name.replace(".block_sparse_moe.", ".mlp.").replace("language_model.model.", "model.language_model.", 1)
     bare = ours.removeprefix(f"{model.base_model_prefix}.")
     return next((known for known in (name, ours, bare) if _has_module(model, known)), None)
 

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from formats.checkpoint import CheckpointReader
 from formats.errors import CheckpointError, InputError
 from formats.model import Checkpoint, open_checkpoint
 
@@ -25,6 +26,7 @@ from ..error_text import first_line
 from .experts import unfuse_experts_
 from .hub import resolve_model
 from .stored_names import rename_as_stored_
+from .text_part import own_name, place_as_stored_, text_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +76,8 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """A causal language model with every parameter on the meta device and real buffers, in evaluation mode.
 
-    Its modules have the names of the file: experts that transformers fuses are linears of their own.
+    Its modules have the names of the file: experts that transformers fuses are linears of their own. Of a model that
+    takes more than text it is the text decoder.
 
     Args:
         source: model folder, or its configuration.
@@ -85,13 +88,17 @@ def build_skeleton(
         InputError: transformers cannot build a causal language model from the configuration.
     """
     config = load_config(source, trust_remote_code=trust_remote_code) if isinstance(source, Path) else source
+    text = text_part(config)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(text or config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as exc:
         raise InputError(_explain(source, "model", exc)) from exc
     unfuse_experts_(model)
     rename_as_stored_(model)
+    if text is not None and isinstance(source, Path):
+        with CheckpointReader(source) as reader:
+            place_as_stored_(model, reader.tensors)
     return model.eval().requires_grad_(False)
 
 
@@ -246,7 +253,9 @@ def fill_model_(
         _check_shape(name, tensor, getattr(owner, local))
         _assign(owner, local, tensor.to(device))
         missing.discard(name)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes out what is tied to a tensor that came
+    # transformers knows a text decoder inside a larger model by its own names
+    model.tie_weights(missing_keys={own_name(name) for name in missing}, recompute_mapping=False)
+    missing = {name for name in missing if getattr(*slots[name]).is_meta}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{folder}: tensor {min(missing)}{more} is missing for a {type(model).__name__}")
