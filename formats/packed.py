@@ -21,7 +21,7 @@ from .types import GroupedLayer, QuantizedLinear, QuantScheme
 __all__ = ["PackedLinear"]
 
 _WORD_BITS = 32
-_CACHED_WORDS = 2**16  # of eight codes
+_CACHED_WORDS = 2**17  # of eight codes
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,11 +188,15 @@ def _nibbles(kind: BlockType, words: Tensor, layer: PackedLinear, addends: Tenso
     Returns:
         low four bits, int32 ``[in / 8, rows]``, and for Q5_0 the fifth ones, uint8 ``[rows, in / 8]``.
     """
-    if layer.scheme.bits < 4:
-        words = widen_fields(words, layer.scheme.bits, layer.in_features, 4)
-    rows = words.shape[1]
-    over = add_to_fields_(words.view(layer.groups, -1, rows), (addends & (2**kind.bits - 1))[:, None])  # modulo 16
-    high = over.view(-1, rows).to(torch.uint8).T.contiguous() if kind.bits == 5 else None
+    rows, bits, high = words.shape[1], layer.scheme.bits, None
+    if bits < 4:
+        words = widen_fields(words, bits, layer.in_features, 4)
+    grouped = words.view(layer.groups, -1, rows)
+    if kind.bits == 4 and bits < 4:
+        grouped.add_(addends[:, None] * 0x11111111)  # no sum leaves its field
+    else:
+        over = add_to_fields_(grouped, (addends & (2**kind.bits - 1))[:, None])
+        high = over.view(-1, rows).to(torch.uint8).T.contiguous() if kind.bits == 5 else None
     blocks = words.view(-1, UNIT // 8, rows)  # four words of eight codes
     return permute_blocks_(blocks, 4, _HALVES, axis=1).view(-1, rows), high
 

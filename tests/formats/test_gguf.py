@@ -304,6 +304,15 @@ def test_packed_codes_become_blocks_of_the_same_weights(shape, bits, zeros, type
         assert torch.equal(encoded["blocks"], form.encode(layer)["blocks"])
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q5_0", "Q8_0"])
+def test_packed_codes_take_a_wider_type_where_it_is_asked_for(bits, type_name) -> None:
+    layer, kind = spanning(bits, range(2**bits)), BLOCK_TYPES[type_name]
+    codes, scales, _ = unpack_blocks(kind, forced(type_name).encode(PackedLinear.pack(layer))["blocks"])
+    weights = (codes.double() - kind.offset) * scales.double().repeat_interleave(32, 1)
+    assert torch.equal(weights, dequantize(layer, torch.float64))
+
+
 def test_packed_codes_that_fit_although_their_zeros_alone_do_not_tell_become_q4_0() -> None:
     layer = spanning(4, [10])
     layer = replace(layer, codes=layer.codes.clamp(4, 15))
