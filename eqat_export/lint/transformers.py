@@ -27,7 +27,7 @@ ENGINE = Engine(
             ("native",),
             "misread",
             "takes EfficientQAT's own layout (quant_method {quant_method}) for full precision: its weights are missing "
-            "and filled at random, with no more than a warning",
+            "and filled at random, with no more than a warning, unless the program imports eqat_train",
             "quantizers/auto.py supports_quant_method; modeling_utils.py from_pretrained",
         ),
         Rule(

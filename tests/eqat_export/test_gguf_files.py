@@ -266,7 +266,7 @@ class TestDamagedFiles:
         assert "runs past its end" in self.refusal(data, tmp_path)
 
     def test_a_missing_file(self, tmp_path) -> None:
-        with pytest.raises(CheckpointError, match="does not exist; give a .gguf file"):
+        with pytest.raises(CheckpointError, match=r"does not exist; give a \.gguf file"):
             open_checkpoint(tmp_path / "none.gguf")
 
     def test_a_scheme_that_the_blocks_contradict(self, data, tmp_path) -> None:
