@@ -18,7 +18,7 @@ __all__ = ["rounding_to_bfloat16"]
 
 @contextmanager
 def rounding_to_bfloat16() -> Iterator[None]:
-    """Casts to bfloat16 round to nearest, ties to even; products are of its values. Compiled kernels stay as they are."""
+    """Casts to bfloat16 round to nearest, ties to even; products are of its values. Compiled kernels do not change."""
     import triton.language as tl  # noqa: PLC0415
     from triton.runtime import interpreter  # noqa: PLC0415
 
