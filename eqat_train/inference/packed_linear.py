@@ -112,7 +112,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]`` in the dtype of ``x``."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return dequant_matmul(x, self.packed_weight(), self.scales.float(), bias, impl=self.impl)
+        return dequant_matmul(x, self.packed_weight(), self.scales, bias, impl=self.impl)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scales = self.scales

@@ -13,7 +13,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..overlap import may_overlap
 from .kernels import attend, attend_alone, combine
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ __all__ = ["decode_attention", "refusal"]
 
 QUERIES = 16
 ROWS = 32
-WARPS = 4
 PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 
 
@@ -50,7 +48,6 @@ def decode_attention(
     kv_heads, length, head_dim = cache.keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     parts = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, kv_heads)), 32, triton.cdiv(length, ROWS))
-    overlap = may_overlap(qkv.device)
     out = qkv.new_empty(1, heads * head_dim)
     sums = torch.empty(heads, parts, head_dim, dtype=torch.float32, device=qkv.device)
     weights = torch.empty(2, heads, parts, dtype=torch.float32, device=qkv.device)  # largest score, sum of exponentials
@@ -75,15 +72,14 @@ def decode_attention(
         "PARTS": parts,
         "NORMS": norms is not None,
         "ROWS": ROWS,
-        "OVERLAP": overlap,
-        "num_warps": WARPS,
-        "launch_pdl": overlap,
     }
     if heads == kv_heads:
-        attend_alone[(heads, parts)](*arguments, **settings)
+        attend_alone[(heads, parts)](*arguments, **settings, num_warps=8)
     else:
         wide = qkv.device.type == "cpu"  # Triton's interpreter has no bfloat16 matmul
-        attend[(kv_heads, parts)](*arguments, GROUP=heads // kv_heads, QUERIES=QUERIES, WIDE=wide, **settings)
+        attend[(kv_heads, parts)](
+            *arguments, GROUP=heads // kv_heads, QUERIES=QUERIES, WIDE=wide, **settings, num_warps=4
+        )
     combine[(heads,)](
         sums,
         weights,
@@ -92,7 +88,5 @@ def decode_attention(
         HEAD_DIM=head_dim,
         PARTS=parts,
         BLOCK=triton.next_power_of_2(parts),
-        OVERLAP=overlap,
-        launch_pdl=overlap,
     )
     return out
