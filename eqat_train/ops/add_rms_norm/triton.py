@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..overlap import begin, may_overlap, wait_for_inputs
+
 __all__ = ["add_rms_norm", "refusal"]
 
 LARGEST_ROW = 16384
@@ -31,7 +33,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
     normed = torch.empty_like(x)
     total = x if delta is None else torch.empty_like(x)
     block = triton.next_power_of_2(features)
-    warps = min(16, max(1, block // 512))
+    warps, overlap = min(16, max(1, block // 512)), may_overlap(x.device)
     _kernel[(rows,)](
         x,
         x if delta is None else delta,
@@ -42,7 +44,9 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
         epsilon,
         ADD=delta is not None,
         BLOCK=block,
+        OVERLAP=overlap,
         num_warps=warps,
+        launch_pdl=overlap,
     )
     return total, normed
 
@@ -58,11 +62,14 @@ def _kernel(
     epsilon,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * features
     column = tl.arange(0, BLOCK)
     inside = column < features
     scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
     value = tl.load(x + start + column, inside, other=0.0).to(tl.float32)
     if ADD:
         value = value + tl.load(delta + start + column, inside, other=0.0).to(tl.float32)

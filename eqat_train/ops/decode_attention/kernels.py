@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..overlap import begin, wait_for_inputs
+
 __all__ = ["attend", "attend_alone", "combine"]
 
 LOWEST = tl.constexpr(-1e30)  # in place of minus infinity, whose difference from itself is no number
@@ -62,8 +64,11 @@ def attend(
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One part of the rows for one key-value head: unnormalized sums of values, largest score, sum of exponentials."""
+    begin(OVERLAP)
+    wait_for_inputs(OVERLAP)  # the position too was written by a kernel, a step ago
     head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     new = tl.load(position).to(tl.int32)  # offsets within a head fit 32 bits
     column = tl.arange(0, HEAD_DIM)
@@ -139,12 +144,15 @@ def attend_alone(
     PARTS: tl.constexpr,
     NORMS: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """As ``attend`` where no two queries share a key: products of vectors, which wait for each other less often.
 
     A part takes every PARTS-th tile of rows, so that the first one is known, and under way, before the position is.
     Each row of the tile has a running maximum and sum of its own; rows are brought together once, at the end.
     """
+    begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, HEAD_DIM)
     keys += head * length * HEAD_DIM
@@ -203,8 +211,11 @@ def combine(
     HEAD_DIM: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The parts of one query head together."""
+    begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     column = tl.arange(0, HEAD_DIM)

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..overlap import may_overlap
 from .kernels import attend, attend_alone, combine
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def decode_attention(
     kv_heads, length, head_dim = cache.keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     parts = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, kv_heads)), 32, triton.cdiv(length, ROWS))
+    overlap = may_overlap(qkv.device)
     out = qkv.new_empty(1, heads * head_dim)
     sums = torch.empty(heads, parts, head_dim, dtype=torch.float32, device=qkv.device)
     weights = torch.empty(2, heads, parts, dtype=torch.float32, device=qkv.device)  # largest score, sum of exponentials
@@ -72,6 +74,8 @@ def decode_attention(
         "PARTS": parts,
         "NORMS": norms is not None,
         "ROWS": ROWS,
+        "OVERLAP": overlap,
+        "launch_pdl": overlap,
     }
     if heads == kv_heads:
         attend_alone[(heads, parts)](*arguments, **settings, num_warps=8)
@@ -88,5 +92,7 @@ def decode_attention(
         HEAD_DIM=head_dim,
         PARTS=parts,
         BLOCK=triton.next_power_of_2(parts),
+        OVERLAP=overlap,
+        launch_pdl=overlap,
     )
     return out

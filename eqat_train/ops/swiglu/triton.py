@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..overlap import begin, may_overlap, wait_for_inputs
+
 __all__ = ["refusal", "swiglu"]
 
 BLOCK = 512
@@ -27,15 +29,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """See :func:`eqat_train.ops.swiglu.swiglu`."""
     rows, features = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, features)
-    _kernel[(triton.cdiv(features, BLOCK), rows)](gate_up, out, features, SIZE=BLOCK, num_warps=2)
+    overlap = may_overlap(gate_up.device)
+    grid = (triton.cdiv(features, BLOCK), rows)
+    _kernel[grid](gate_up, out, features, SIZE=BLOCK, OVERLAP=overlap, num_warps=2, launch_pdl=overlap)
     return out
 
 
 @triton.jit
-def _kernel(gate_up, out, features, SIZE: tl.constexpr):
+def _kernel(gate_up, out, features, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = column < features
+    wait_for_inputs(OVERLAP)
     gate = tl.load(gate_up + 2 * row * features + column, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (2 * row + 1) * features + column, inside, other=0.0).to(tl.float32)
     tl.store(out + row * features + column, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), inside)
