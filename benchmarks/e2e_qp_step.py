@@ -130,7 +130,7 @@ def main() -> None:
         "--memory",
         type=float,
         nargs="+",
-        default=[5.1, 100.0, 0.0],
+        default=[4.9, 100.0, 0.0],
         help="GiB that forward is planned to keep for backward; a row each (100: everything, 0: the least)",
     )
     parser.add_argument("--repeats", type=int, default=20)

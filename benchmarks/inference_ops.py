@@ -1,4 +1,4 @@
-"""What stands between the linears of a decoding step: add_rms_norm, swiglu and decode_attention, beside plain torch.
+"""What stands between a decoding step's linears: add_rms_norm, gated_silu and decode_attention, beside plain torch.
 
 Each op is first compared with its reference in float64. Times are of CUDA graphs with buffers beyond the L2 cache; a
 step of a 7B model launches about 160 of these kernels, each of them bounded by its launch rather than by its bytes.
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.harness import RESULTS, Row, buffers, graph_times, require, write
 from eqat_train.ops.add_rms_norm import add_rms_norm
 from eqat_train.ops.decode_attention import AttentionCache, decode_attention_
-from eqat_train.ops.swiglu import swiglu
+from eqat_train.ops.gated_silu import gated_silu
 
 DTYPE = torch.float16
 MOST_BUFFERS = 64  # small tensors would need thousands to leave the cache, and in a model they are in it
@@ -58,15 +58,16 @@ def norm_rows() -> list[Row]:
     )
 
 
-def swiglu_rows() -> list[Row]:
-    """swiglu on one row."""
-    sets = [random(1, 2 * INTERMEDIATE) for _ in range(MOST_BUFFERS)]
-    require("swiglu", "output", DTYPE, swiglu(sets[0], impl="triton"), swiglu(sets[0].double(), impl="reference"))
+def gated_silu_rows() -> list[Row]:
+    """gated_silu on the halves of one row."""
+    sets = [random(1, 2 * INTERMEDIATE).chunk(2, dim=-1) for _ in range(MOST_BUFFERS)]
+    expected = gated_silu(*(half.double() for half in sets[0]), impl="reference")
+    require("gated_silu", "output", DTYPE, gated_silu(*sets[0], impl="triton"), expected)
     return rows(
-        "swiglu",
+        "gated_silu",
         f"1 x {INTERMEDIATE}",
         2 * 3 * INTERMEDIATE,
-        lambda impl: [lambda a=a: swiglu(a, impl=impl) for a in sets],  # type: ignore[misc]
+        lambda impl: [lambda a=a: gated_silu(*a, impl=impl) for a in sets],  # type: ignore[misc]
     )
 
 
@@ -104,7 +105,7 @@ def attention_rows(heads: int, kv_heads: int, position: int, length: int = 4096)
 def main() -> None:
     """Runs the benchmark."""
     torch.manual_seed(0)
-    measured = [*norm_rows(), *swiglu_rows()]
+    measured = [*norm_rows(), *gated_silu_rows()]
     for heads, kv_heads in HEADS:
         for position in POSITIONS:
             measured += attention_rows(heads, kv_heads, position)

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..ops.add_rms_norm import add_rms_norm
 from ..ops.gated_silu import gated_silu
-from ..ops.rms_norm import rms_norm
 from ..ops.rotary import rotary
 from .quant_linear import QuantLinear
 
@@ -104,7 +104,7 @@ def _same_bits(module: nn.Module, forward: Forward, features: int, like: Tensor)
 
 
 def _norm(norm: Any, x: Tensor, *, impl: str) -> Tensor:
-    return rms_norm(x, norm.weight, norm.variance_epsilon, impl=impl)
+    return add_rms_norm(x, None, norm.weight, norm.variance_epsilon, impl=impl)[1]
 
 
 def _gated_mlp(mlp: Any, x: Tensor, *, impl: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..ops.add_rms_norm import add_rms_norm
 from ..ops.decode_attention import AttentionCache, HeadNorms, decode_attention_
 from ..ops.decode_attention.reference import rotate, split_heads
-from ..ops.swiglu import swiglu
+from ..ops.gated_silu import gated_silu
 from .decoder import Decoder
 from .fused_linear import fuse_linears
 
@@ -107,7 +107,7 @@ class LlamaDecoder(Decoder):
             total, normed = add_rms_norm(total, delta, block.attention_norm, self.epsilon, impl=self.impl)
             delta = block.out(attend(block, block.qkv(normed)))
             total, normed = add_rms_norm(total, delta, block.feed_forward_norm, self.epsilon, impl=self.impl)
-            delta = block.down(swiglu(block.gate_up(normed), impl=self.impl))
+            delta = block.down(gated_silu(*block.gate_up(normed).chunk(2, dim=-1), impl=self.impl))
         return add_rms_norm(total, delta, self.norm, self.epsilon, impl=self.impl)[1]
 
     def _attend_token(self, block: Block, qkv: Tensor) -> Tensor:

@@ -1,20 +1,31 @@
 """Norm, gated activation and rotary embedding, kernels and references, against float64 with autograd's gradients."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from eqat_train.ops.add_rms_norm import add_rms_norm
 from eqat_train.ops.gated_silu import gated_silu
 from eqat_train.ops.gated_silu_grad import gated_silu_grad_
-from eqat_train.ops.rms_norm import rms_norm
 from eqat_train.ops.rotary import rotary
 from eqat_train.ops.tolerances import within_tolerance
 from formats.errors import InputError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def norm(x: Tensor, weight: Tensor, *, impl: str) -> Tensor:
+    return add_rms_norm(x, None, weight, 1e-5, impl=impl)[1]
+
+
+def added_norm(x: Tensor, delta: Tensor, weight: Tensor, *, impl: str) -> Tensor:
+    return torch.cat(add_rms_norm(x, delta, weight, 1e-5, impl=impl), dim=-1)
+
+
+def written_added_norm(x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((x + delta, written_norm(x + delta, weight)), dim=-1)
 
 
 def written_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -68,7 +79,9 @@ def compare(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5, 77), (2, 64), (1, 3)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.device) -> None:
-    compare("rms_norm", partial(rms_norm, eps=1e-5), written_norm, (shape, shape[-1:]), 1, dtype, kernel_device)
+    compare("add_rms_norm", norm, written_norm, (shape, shape[-1:]), 1, dtype, kernel_device)
+    both = (shape, shape, shape[-1:])
+    compare("add_rms_norm", added_norm, written_added_norm, both, 2, dtype, kernel_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,13 +124,13 @@ def test_what_the_kernels_do_not_hold_is_refused(kernel_device: torch.device) ->
     with pytest.raises(InputError, match="float64"):
         gated_silu(x, x, impl="triton")
     with pytest.raises(InputError, match="requires a gradient"):
-        rms_norm(x.float(), torch.ones(8, device=kernel_device, requires_grad=True), 1e-5, impl="triton")
+        add_rms_norm(x.float(), None, torch.ones(8, device=kernel_device, requires_grad=True), 1e-5, impl="triton")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_full_size(dtype: torch.dtype, kernel_device: torch.device) -> None:
-    compare("rms_norm", partial(rms_norm, eps=1e-5), written_norm, ((3, 4096, 4096), (4096,)), 1, dtype, kernel_device)
+    compare("add_rms_norm", norm, written_norm, ((3, 4096, 4096), (4096,)), 1, dtype, kernel_device)
     compare("gated_silu", gated_silu, written_gated_silu, ((2, 4099, 11008), (2, 4099, 11008)), 2, dtype, kernel_device)
     compare(
         "rotary", rotary, written_rotary, ((2, 4099, 32, 128), (1, 4099, 128), (1, 4099, 128)), 1, dtype, kernel_device

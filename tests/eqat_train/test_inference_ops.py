@@ -6,7 +6,7 @@ from torch import Tensor
 
 from eqat_train.ops.add_rms_norm import add_rms_norm
 from eqat_train.ops.decode_attention import AttentionCache, HeadNorms, decode_attention_
-from eqat_train.ops.swiglu import swiglu
+from eqat_train.ops.gated_silu import gated_silu
 from eqat_train.ops.tolerances import within_tolerance
 from formats.errors import InputError
 
@@ -50,10 +50,13 @@ def test_add_rms_norm(impl: str, device: torch.device, dtype: torch.dtype, rows:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "features"), [(1, 32), (3, 515)])
-def test_swiglu(impl: str, device: torch.device, dtype: torch.dtype, rows: int, features: int) -> None:
+def test_gated_silu_of_the_halves_of_a_matrix(
+    impl: str, device: torch.device, dtype: torch.dtype, rows: int, features: int
+) -> None:
     gate_up = random(rows, 2 * features, dtype=dtype, device=device) * 4
     gate, up = gate_up.double().chunk(2, dim=-1)
-    check("swiglu", "output", swiglu(gate_up, impl=impl), gate / (1 + torch.exp(-gate)) * up)
+    ours = gated_silu(*gate_up.chunk(2, dim=-1), impl=impl)
+    check("gated_silu", "output", ours, gate / (1 + torch.exp(-gate)) * up)
 
 
 def exact_attention(qkv: Tensor, cache: AttentionCache, position: int, norms: HeadNorms | None) -> tuple[Tensor, ...]:
@@ -128,7 +131,7 @@ def test_kernels_refuse_what_they_cannot_compute(kernel_device: torch.device) ->
     with pytest.raises(InputError, match="float64"):
         add_rms_norm(wide, None, wide[0], 1e-5, impl="triton")
     with pytest.raises(InputError, match="float64"):
-        swiglu(wide, impl="triton")
+        gated_silu(wide, wide, impl="triton")
     keys = torch.zeros(1, 4, 24, device=kernel_device)
     cache = AttentionCache(keys, keys, keys[0], keys[0])
     where = torch.zeros(1, dtype=torch.int64, device=kernel_device)

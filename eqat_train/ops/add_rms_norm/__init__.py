@@ -1,4 +1,4 @@
-"""Residual addition and RMS normalization in one: ``s = x + delta``, ``y = weight * (s / rms(s))``. For inference."""
+"""Residual addition and RMS normalization in one: ``s = x + delta``, ``y = weight * (s / rms(s))``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """The sum, rounded to the dtype, and its normalization: ``rms(s) = sqrt(mean(s**2) + epsilon)`` in float32.
 
+    The quotient is rounded to the dtype before the weight is applied, as Llama does. Differentiable in ``x`` and
+    ``delta``.
+
     Args:
-        x: floating ``[rows, features]``.
+        x: floating ``[..., features]``.
         delta: as ``x``, or None for no addition.
-        weight: ``[features]`` in the dtype of ``x``.
+        weight: ``[features]`` in the dtype of ``x``, without a gradient.
         epsilon: under the root.
         impl: see :mod:`eqat_train.ops.dispatch`.
 
     Returns:
-        ``s`` and ``y``, each ``[rows, features]`` in the dtype of ``x``; ``s`` is ``x`` itself without a delta.
+        ``s`` and ``y``, each in the shape and dtype of ``x``; ``s`` is ``x`` itself without a delta.
     """
     return run("add_rms_norm", impl, x.device, x, delta, weight, epsilon)
