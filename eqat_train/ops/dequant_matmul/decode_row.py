@@ -5,7 +5,7 @@ and zero-points are applied to the sums, ``s * (sum(q * x) - z * sum(x))``, in f
 have no more than 8 groups. Scales, zero-points and x go to shared memory by copies that run on while words are loaded.
 """
 
-# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _words(qweight, row, n, N, words, UNITS: tl.constexpr):
 def _fetch(
     to, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, THREADS: tl.constexpr, SCALE: tl.constexpr,
-    ZEROS: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
+    ZEROS: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Starts the copies of a step: scales and zero-points of each block's groups, and the warp's part of x."""
     PER_WORD: tl.constexpr = 32 // BITS
@@ -279,8 +279,8 @@ def decode_row_kernel(
     shared = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
     first_row = warp * (4 * UNITS)
     _fetch(
-        shared, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS, GROUP, BLOCK, UNITS,
-        THREADS, SCALE, ZEROS, SETS, CHUNK, SPAN,
+        shared, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS, GROUP, BLOCK,
+        UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
     )  # fmt: skip
     loaded = _words(qweight, first_row + r, n, N, words, UNITS)
     for step in range(STEPS):
@@ -290,7 +290,7 @@ def decode_row_kernel(
             next_row = first_row + WARPS * 4 * UNITS
             _fetch(
                 shared + (STAGE - (step & 1) * STAGE), thread, x, qzeros, scales, next_row, r, n, K, N, words, groups,
-                zeros_stride, BITS, GROUP, BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK, SPAN,
+                zeros_stride, BITS, GROUP, BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
             )  # fmt: skip
             following = _words(qweight, next_row + r, n, N, words, UNITS)
         scales_at = here + thread * SCALE

@@ -4,7 +4,7 @@ Warps are ``ACROSS`` x ``DEEP``: those across hold other output features, and re
 deep hold other parts of K, and are added at the end in their order.
 """
 
-# ruff: noqa: N803, N806, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
