@@ -102,7 +102,8 @@ def _one_row(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | Non
     block = _block(bits, width, plan.units)
     sets = plan.units // block * 2
     thread = sets * (4 * scales.dtype.itemsize + (4 if 32 % bits == 0 else 8))
-    shared = plan.deep * max(32 * thread + plan.units * 4 * (32 // bits) * 2, 128)
+    steps = -(-words // (4 * plan.units * plan.deep))
+    shared = plan.deep * max(min(steps, 2) * (32 * thread + plan.units * 4 * (32 // bits) * 2), 128)
     apart = plan.apart and not bf16
     unpack, unpack_operands = unpack_words(bits, bf16, apart)
     product, product_operands = multiply(bits, bf16, apart)
@@ -122,7 +123,7 @@ def _one_row(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | Non
         CLASSES=tuple(classes(bits, apart)),
         BLOCK=block,
         UNITS=plan.units,
-        STEPS=-(-words // (4 * plan.units * plan.deep)),
+        STEPS=steps,
         WARPS=plan.deep,
         num_warps=plan.deep,
         maxnreg=plan.registers,

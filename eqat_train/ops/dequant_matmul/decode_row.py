@@ -5,7 +5,7 @@ and zero-points are applied to the sums, ``s * (sum(q * x) - z * sum(x))``, in f
 have no more than 8 groups. Scales, zero-points and x go to shared memory by copies that run on while words are loaded.
 """
 
-# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -25,14 +25,22 @@ setp.ne.b32 p, $4, 0;
 @p cp.async.cg.shared.global [$1], [$2], 16, $3;
 mov.b32 $0, 0;
 }""")
-# the operand is never 1, but that is not known: the wait comes after what the operand depends on
-WAIT: tl.constexpr = tl.constexpr("""{
+# in both the operand is never 1, but that is not known: the wait comes after what the operand depends on
+WAIT_ALL: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
 setp.ne.b32 p, $1, 1;
 @p cp.async.wait_all;
 bar.warp.sync 0xffffffff;
 mov.b32 $0, $1;
 }""")
+WAIT_BUT_ONE: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $1, 1;
+@p cp.async.wait_group 1;
+bar.warp.sync 0xffffffff;
+mov.b32 $0, $1;
+}""")
+COMMIT: tl.constexpr = tl.constexpr("cp.async.commit_group; mov.b32 $0, $1;")
 MEET: tl.constexpr = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
 TAKE4: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
@@ -170,6 +178,55 @@ def _halve(a, b, lane, BIT: tl.constexpr):
 
 
 @triton.jit
+def _words(qweight, row, n, N, words, UNITS: tl.constexpr):
+    """Four words of each unit, all in flight."""
+    pointer = qweight + row.to(tl.int64) * N + n
+    loaded = ()
+    for unit in tl.static_range(UNITS):
+        loaded = loaded + stream4(pointer + unit * 4 * N, row + unit * 4 < words)
+    return loaded
+
+
+@triton.jit
+def _fetch(
+    to, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, THREADS: tl.constexpr, SCALE: tl.constexpr,
+    ZEROS: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a step: scales and zero-points of each block's groups, and the warp's part of x."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    lane = thread & 31
+    first_k = first_row * PER_WORD
+    x_to = to + SETS * THREADS * (SCALE + ZEROS) + (thread >> 5) * CHUNK
+    for i in tl.static_range((CHUNK + 511) // 512):
+        at = lane * 16 + i * 512
+        left = (K - first_k) * 2 - at
+        # a lane past the chunk must not write either
+        tl.inline_asm_elementwise(
+            COPY_UP_TO_16,
+            "=r,r,l,r,r",
+            [x_to + at, x + first_k + (at >> 1), tl.minimum(tl.maximum(left, 0), 16), (at < CHUNK).to(tl.int32)],
+            tl.int32,
+            False,
+            1,
+        )
+    scales_to = to + thread * SCALE
+    zeros_to = to + SETS * THREADS * SCALE + thread * 4
+    for block in tl.static_range(UNITS // BLOCK):
+        block_row = first_row + block * 4 * BLOCK
+        for c in tl.static_range(2):
+            group = divide(block_row * PER_WORD, GROUP) + 2 * r + c
+            live = (block_row < words) & (group < groups)
+            _copy(scales_to + (2 * block + c) * THREADS * SCALE, scales + group.to(tl.int64) * N + n, live, SCALE)
+            zeros_row = qzeros + group.to(tl.int64) * zeros_stride
+            zero_to = zeros_to + (2 * block + c) * THREADS * ZEROS
+            _copy(zero_to, zeros_row + divide(n, PER_WORD), live, 4)
+            if ZEROS == 8:
+                _copy(zero_to + THREADS * 4, zeros_row + divide(n + 3, PER_WORD), live, 4)
+    tl.inline_asm_elementwise(COMMIT, "=r,r", [thread], tl.int32, False, 1)
+
+
+@triton.jit
 def decode_row_kernel(
     x,  # 16-bit [K]
     qweight,  # int32 [words, N]
@@ -209,6 +266,7 @@ def decode_row_kernel(
     ZEROS: tl.constexpr = 4 if 32 % BITS == 0 else 8
     SETS: tl.constexpr = UNITS // BLOCK * 2
     CHUNK: tl.constexpr = UNITS * 4 * PER_WORD * 2
+    STAGE: tl.constexpr = SETS * THREADS * (SCALE + ZEROS) + WARPS * CHUNK
     thread = thread_index(THREADS)
     warp = thread >> 5
     lane = thread & 31
@@ -219,46 +277,32 @@ def decode_row_kernel(
     zero = (thread & 0).to(tl.float32)
     y = (zero, zero, zero, zero, zero, zero, zero, zero)
     shared = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
-    scales_at = shared + thread * SCALE
-    zeros_at = shared + SETS * THREADS * SCALE + thread * 4
-    x_at = shared + SETS * THREADS * (SCALE + ZEROS) + warp * CHUNK
     first_row = warp * (4 * UNITS)
-    for _step in range(STEPS):
+    _fetch(
+        shared, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS, GROUP, BLOCK,
+        UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
+    )  # fmt: skip
+    loaded = _words(qweight, first_row + r, n, N, words, UNITS)
+    for step in range(STEPS):
+        here = shared + (step & 1) * STAGE
+        following = loaded
+        if STEPS > 1:
+            next_row = first_row + WARPS * 4 * UNITS
+            _fetch(
+                shared + (STAGE - (step & 1) * STAGE), thread, x, qzeros, scales, next_row, r, n, K, N, words, groups,
+                zeros_stride, BITS, GROUP, BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
+            )  # fmt: skip
+            following = _words(qweight, next_row + r, n, N, words, UNITS)
+        scales_at = here + thread * SCALE
+        zeros_at = here + SETS * THREADS * SCALE + thread * 4
+        x_at = here + SETS * THREADS * (SCALE + ZEROS) + warp * CHUNK
         first_k = first_row * PER_WORD
-        for i in tl.static_range((CHUNK + 511) // 512):
-            at = lane * 16 + i * 512
-            left = (K - first_k) * 2 - at
-            size = tl.minimum(tl.maximum(left, 0), 16)
-            # a lane past the chunk must not write either
-            tl.inline_asm_elementwise(
-                COPY_UP_TO_16,
-                "=r,r,l,r,r",
-                [x_at + at, x + first_k + (at >> 1), size, (at < CHUNK).to(tl.int32)],
-                tl.int32,
-                False,
-                1,
-            )
-        for block in tl.static_range(UNITS // BLOCK):
-            block_row = first_row + block * 4 * BLOCK
-            for c in tl.static_range(2):
-                group = divide(block_row * PER_WORD, GROUP) + 2 * r + c
-                live = (block_row < words) & (group < groups)
-                _copy(scales_at + (2 * block + c) * THREADS * SCALE, scales + group.to(tl.int64) * N + n, live, SCALE)
-                zeros_row = qzeros + group.to(tl.int64) * zeros_stride
-                zeros_to = zeros_at + (2 * block + c) * THREADS * ZEROS
-                _copy(zeros_to, zeros_row + divide(n, PER_WORD), live, 4)
-                if ZEROS == 8:
-                    _copy(zeros_to + THREADS * 4, zeros_row + divide(n + 3, PER_WORD), live, 4)
-        row = first_row + r
-        pointer = qweight + row.to(tl.int64) * N + n
-        loaded = ()
-        for unit in tl.static_range(UNITS):
-            loaded = loaded + (stream4(pointer + unit * 4 * N, row + unit * 4 < words),)
         # nothing is 0, but the compiler cannot know: sums that wait for all words keep the loads in flight together
-        wait = loaded[0][0]
+        wait = loaded[0]
         for unit in tl.static_range(1, UNITS):
-            wait = wait | loaded[unit][0]
+            wait = wait | loaded[4 * unit]
         start = (wait & nothing).to(tl.float32, bitcast=True)
+        WAIT: tl.constexpr = WAIT_ALL if STEPS == 1 else WAIT_BUT_ONE
         tl.inline_asm_elementwise(WAIT, "=r,r", [wait & nothing], tl.int32, False, 1)
         for block in tl.static_range(UNITS // BLOCK):
             acc = (start,) * SUMS
@@ -271,7 +315,17 @@ def decode_row_kernel(
                     first = divide(first_k + block * SPAN, GROUP)
                     xs = _inputs(x_at + chunk_row * PER_WORD * 2, k, first, column, GROUP, BITS)
                 codes = tl.inline_asm_elementwise(
-                    UNPACK, UNPACK_OPERANDS, loaded[block * BLOCK + unit], (tl.int32,) * (4 * PAIRS), True, 1
+                    UNPACK,
+                    UNPACK_OPERANDS,
+                    (
+                        loaded[4 * (block * BLOCK + unit)],
+                        loaded[4 * (block * BLOCK + unit) + 1],
+                        loaded[4 * (block * BLOCK + unit) + 2],
+                        loaded[4 * (block * BLOCK + unit) + 3],
+                    ),
+                    (tl.int32,) * (4 * PAIRS),
+                    True,
+                    1,
                 )
                 acc = tl.inline_asm_elementwise(
                     MULTIPLY, MULTIPLY_OPERANDS, codes + xs + acc, (tl.float32,) * SUMS, True, 1
@@ -287,6 +341,7 @@ def decode_row_kernel(
                     new_y = new_y + (y[c * 4 + t] + s[t] * (total - z[t] * acc[SUMS - 4 + c]),)
             y = new_y
         first_row += WARPS * 4 * UNITS
+        loaded = following
         tl.inline_asm_elementwise(MEET, "=r,r", [thread], tl.int32, False, 1)
     # lane 4 * column + t gets output feature t, added over the four lanes of the column
     a = _halve(y[0] + y[4], y[2] + y[6], lane, 2)

@@ -4,7 +4,7 @@ Warps are ``ACROSS`` x ``DEEP``: those across hold other output features, and re
 deep hold other parts of K, and are added at the end in their order.
 """
 
-# ruff: noqa: N803, N806, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -56,31 +56,60 @@ def _scales(pointer, mask, SAME: tl.constexpr):
 
 
 @triton.jit
+def _zero_words(row, n, mask, BITS: tl.constexpr):
+    """The word, or two where fields do not end with a word, that hold four neighbouring zero-points."""
+    first = load1(row + divide(n, 32 // BITS), mask)
+    if 32 % BITS == 0:
+        return (first,)
+    else:
+        return (first, load1(row + divide(n + 3, 32 // BITS), mask))
+
+
+@triton.jit
 def _turn(field, BITS: tl.constexpr):
     """The bit of a field of this word or, past its end, of the next."""
     return tl.where(field < 32 // BITS, field, field - 32 // BITS) * BITS
 
 
 @triton.jit
-def _zeros(row, n, mask, BITS: tl.constexpr):
+def _zeros(first, second, n, BITS: tl.constexpr):
     """Four neighbouring zero-points; ``n`` is a multiple of 4."""
     PER_WORD: tl.constexpr = 32 // BITS
     ONES: tl.constexpr = (1 << BITS) - 1
     field = n - divide(n, PER_WORD) * PER_WORD
+    a = first >> (field * BITS)
     if 32 % BITS == 0:
-        a = load1(row + divide(n, PER_WORD), mask) >> (field * BITS)
         b = a >> BITS
         c = a >> (2 * BITS)
         d = a >> (3 * BITS)
     else:
-        # may go on in the next word
-        first = load1(row + divide(n, PER_WORD), mask)
-        second = load1(row + divide(n + 3, PER_WORD), mask)
-        a = first >> (field * BITS)
         b = tl.where(field + 1 < PER_WORD, first, second) >> _turn(field + 1, BITS)
         c = tl.where(field + 2 < PER_WORD, first, second) >> _turn(field + 2, BITS)
         d = tl.where(field + 3 < PER_WORD, first, second) >> _turn(field + 3, BITS)
     return (a & ONES, b & ONES, c & ONES, d & ONES)
+
+
+@triton.jit
+def _fetch(
+    qweight, qzeros, scales, first_row, r, n, live, N, words, groups, zeros_stride, BITS: tl.constexpr,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """For each unit its four words, then for each group that a word may have its scales and words of zero-points."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    pointer = qweight + (first_row + r).to(tl.int64) * N + n
+    loaded = ()
+    for unit in tl.static_range(UNITS):
+        row = first_row + unit * 4 + r
+        inside = live & (row < words)
+        loaded = loaded + stream4(pointer + unit * 4 * N, inside)
+        group = divide(row * PER_WORD, GROUP)
+        loaded = loaded + _scales(scales + group.to(tl.int64) * N + n, inside, SAME)
+        loaded = loaded + _zero_words(qzeros + group.to(tl.int64) * zeros_stride, n, inside, BITS)
+        if BITS == 3:
+            last = tl.minimum(divide(row * PER_WORD + PER_WORD - 1, GROUP), groups - 1)
+            loaded = loaded + _scales(scales + last.to(tl.int64) * N + n, inside, SAME)
+            loaded = loaded + _zero_words(qzeros + last.to(tl.int64) * zeros_stride, n, inside, BITS)
+    return loaded
 
 
 @triton.jit(do_not_specialize=["rows_x", "nothing"])
@@ -128,49 +157,46 @@ def decode_rows_kernel(
     x_row = x + column.to(tl.int64) * K
     zero = (thread & 0).to(tl.float32)
     y = (zero,) * (8 * TILES)
+    # registers of a group's scales and words of zero-points, and of a unit
+    FACTORS: tl.constexpr = 2 if SAME else 4
+    GROUPS: tl.constexpr = 2 if BITS == 3 else 1
+    EACH: tl.constexpr = FACTORS + (2 if 32 % BITS else 1)
+    UNIT: tl.constexpr = 4 + GROUPS * EACH
     first_row = deep * (4 * UNITS)
+    loaded = _fetch(
+        qweight, qzeros, scales, first_row, r, n, live, N, words, groups, zeros_stride, BITS, GROUP, UNITS, SAME
+    )
     for _step in range(STEPS):
-        pointer = qweight + (first_row + r).to(tl.int64) * N + n
-        loaded = ()
-        factors = ()
-        offsets = ()
-        for unit in tl.static_range(UNITS):
-            row = first_row + unit * 4 + r
-            inside = live & (row < words)
-            loaded = loaded + (stream4(pointer + unit * 4 * N, inside),)
-            group = divide(row * PER_WORD, GROUP)
-            s = _scales(scales + group.to(tl.int64) * N + n, inside, SAME)
-            z = _zeros(qzeros + group.to(tl.int64) * zeros_stride, n, inside, BITS)
-            if BITS == 3:
-                last = tl.minimum(divide(row * PER_WORD + PER_WORD - 1, GROUP), groups - 1)
-                s = s + _scales(scales + last.to(tl.int64) * N + n, inside, SAME)
-                z = z + _zeros(qzeros + last.to(tl.int64) * zeros_stride, n, inside, BITS)
-            factors = factors + (s,)
-            offsets = offsets + (z,)
+        following = loaded
+        if STEPS > 1:
+            next_row = first_row + DEEP * 4 * UNITS
+            following = _fetch(
+                qweight, qzeros, scales, next_row, r, n, live, N, words, groups, zeros_stride, BITS, GROUP, UNITS, SAME
+            )
         # nothing is 0, but the compiler cannot know: words that wait for all loads keep the loads in flight together
-        wait = loaded[0][0]
+        wait = loaded[0]
         for unit in tl.static_range(UNITS):
-            wait = wait | loaded[unit][0] | offsets[unit][0]
+            wait = wait | loaded[unit * UNIT] | loaded[unit * UNIT + UNIT - 1]
         wait = wait & nothing
         for unit in tl.static_range(UNITS):
             row = first_row + unit * 4 + r
             k = row * PER_WORD
-            w0, w1, w2, w3 = loaded[unit]
-            picks = ()
+            operands = ()
+            for i in tl.static_range(4):
+                operands = operands + (loaded[unit * UNIT + i] | wait,)
+            for g in tl.static_range(GROUPS):
+                for i in tl.static_range(FACTORS):
+                    operands = operands + (loaded[unit * UNIT + 4 + g * EACH + i],)
+            for g in tl.static_range(GROUPS):
+                first = loaded[unit * UNIT + 4 + g * EACH + FACTORS]
+                operands = operands + _zeros(first, loaded[unit * UNIT + 3 + (g + 1) * EACH], n, BITS)
             if BITS == 3:
                 # where the word's second group starts
                 border = (divide(k, GROUP) + 1) * GROUP - k
                 for j in tl.static_range(PAIRS):
                     high = tl.where(border > j + PAIRS, 0x3200, 0x7600)
-                    picks = picks + ((high | tl.where(border > j, 0x10, 0x54)).to(tl.int32),)
-            weight = tl.inline_asm_elementwise(
-                WEIGHTS,
-                WEIGHTS_OPERANDS,
-                (w0 | wait, w1 | wait, w2 | wait, w3 | wait) + factors[unit] + offsets[unit] + picks,
-                (tl.int32,) * (4 * PAIRS),
-                True,
-                1,
-            )
+                    operands = operands + (high | tl.where(border > j, 0x10, 0x54),)
+            weight = tl.inline_asm_elementwise(WEIGHTS, WEIGHTS_OPERANDS, operands, (tl.int32,) * (4 * PAIRS), True, 1)
             new_y = ()
             for tile in tl.static_range(TILES):
                 inside = (column + 8 * tile < rows_x) & (row < words)
@@ -183,6 +209,7 @@ def decode_rows_kernel(
                 )
             y = new_y
         first_row += DEEP * 4 * UNITS
+        loaded = following
     # value v of a lane: tile v // 8, output feature v % 8 // 2, column 2 * r + v % 2
     COUNT: tl.constexpr = (8 * TILES + DEEP - 1) // DEEP
     shared = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
