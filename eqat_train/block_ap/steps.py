@@ -254,7 +254,8 @@ class GraphedSteps:
         self._hidden_states, self._target = torch.empty_like(hidden_states), torch.empty_like(target)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # the thread that fetches batches goes on meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self._steps(self._hidden_states, self._target)
         except torch.OutOfMemoryError:
             raise
