@@ -13,6 +13,10 @@ a column of its own.
 ``cold``: it does not, as for a checkpoint of many gigabytes: the source is dropped from the cache before a conversion,
 and the output before it is copied.
 
+Conversion and copy are both done twice, into the same place, and the second time counts: a virtual machine may have
+given its free memory back to the host, and whoever writes first pays for getting it again, several times the price of
+copying. ``--once`` times the first, for checkpoints larger than what memory would keep anyway.
+
 The first and last layer of every output are read back and compared with the source before a row is printed.
 """
 
@@ -58,24 +62,31 @@ FIELDS = (
 )  # fmt: skip
 DEMO = Path(__file__).resolve().parent.parent / "eqat_train" / "demo" / "assets"
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(2)
 from eqat_export.convert import convert
 from eqat_export.memory import keep_freed_memory
 from formats.errors import EqatError
+sys.path.insert(0, sys.argv[1])
+from convert import drop_from_cache, remove
 keep_freed_memory()
-source, out, target = sys.argv[1:4]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-started = time.perf_counter()
+source, out, target, times, cache = Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
 try:
-    convert(Path(source), Path(out), target, options=json.loads(sys.argv[4]))
+    for _ in range(int(times)):
+        remove(out)
+        if cache == "cold":
+            drop_from_cache(source)
+        started = time.perf_counter()
+        convert(source, out, target)
+        seconds = time.perf_counter() - started
 except EqatError as error:
     print(json.dumps({"error": str(error)}))
 else:
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    # not ru_maxrss, which a process inherits from the one that started it
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "peak": int(peak.split()[1]) / 1024}))
 """
 
 
@@ -150,16 +161,21 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def copy_seconds(path: Path) -> tuple[float, float]:
-    """Seconds that ``cp -r`` takes for it, and seconds until the copy is on disk as well."""
+def copy_seconds(path: Path, cache: str, times: int) -> tuple[float, float]:
+    """Seconds that ``cp -r`` takes for it the last of so many times, and seconds until the copy is on disk as well."""
     copy = path.with_name(f"{path.name}.copy")
-    started = time.perf_counter()
-    subprocess.run(["cp", "-r", path, copy], check=True)
-    copied = time.perf_counter() - started
-    for file in files_of(copy):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    durable = time.perf_counter() - started
+    copied = durable = 0.0
+    for _ in range(times):
+        remove(copy)
+        if cache == "cold":
+            drop_from_cache(path)
+        started = time.perf_counter()
+        subprocess.run(["cp", "-r", path, copy], check=True)
+        copied = time.perf_counter() - started
+        for file in files_of(copy):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        durable = time.perf_counter() - started
     remove(copy)
     return copied, durable
 
@@ -177,31 +193,28 @@ def same_weights(source: Path, out: Path) -> bool:
     return True
 
 
-def run(source: Path, target: str, bits: int, cache: str, repeats: int) -> list[object] | None:
+def run(source: Path, target: str, bits: int, cache: str, repeats: int, times: int) -> list[object] | None:
     """One row, or None where the format does not hold the checkpoint."""
     out = source.with_name(f"{source.name}-{target}{get_format(target).suffix}")
-    command = [sys.executable, "-c", CHILD, str(source), str(out), target, "{}"]
-    pairs, peak, size = [], 0.0, 0.0
+    here = str(Path(__file__).resolve().parent)
+    command = [sys.executable, "-c", CHILD, here, str(source), str(out), target, str(times), cache]
+    pairs, peak, megabytes = [], 0.0, 0.0
     for i in range(repeats):
-        remove(out)
-        if cache == "cold":
-            drop_from_cache(source)
         answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         if "error" in answer:
             print(f"{target}: {answer['error']}", flush=True)
             return None
         if not i:
             check(source, out, target)
-        if cache == "cold":
-            drop_from_cache(out)
-        size, peak = size_of(out) / 1e6, max(peak, answer["peak"])
-        pairs.append((answer["seconds"], *copy_seconds(out)))
+        megabytes, peak = size_of(out) / 1e6, max(peak, answer["peak"])
+        pairs.append((answer["seconds"], *copy_seconds(out, cache, times)))
     remove(out)
     seconds, copied, durable = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(durable / seconds for seconds, _, durable in pairs)
+    rates = [f"{megabytes / time:.0f}" for time in (seconds, durable, copied)]
     return [
-        target, bits, cache, f"{size:.0f}", f"{seconds:.2f}", f"{size / seconds:.0f}", f"{size / durable:.0f}",
-        f"{size / copied:.0f}", f"{ratio:.2f}", f"{peak:.0f}", 2, f"{torch.__version__} {platform.machine()}",
+        target, bits, cache, f"{megabytes:.0f}", f"{seconds:.2f}", *rates, f"{ratio:.2f}", f"{peak:.0f}", 2,
+        f"{torch.__version__} {platform.machine()}",
     ]  # fmt: skip
 
 
@@ -222,6 +235,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--cache", nargs="+", choices=("warm", "cold"), default=["warm"])
     parser.add_argument("--repeats", type=int, default=3, help="pairs of a conversion and a copy")
+    parser.add_argument("--once", action="store_true", help="do not repeat; time the first conversion and copy")
     parser.add_argument("--formats", help="ids separated by commas; all without it")
     parser.add_argument("--work", type=Path, help="where the checkpoints go; a temporary folder without it")
     parser.add_argument("--csv", type=Path, help="append the rows here")
@@ -234,7 +248,7 @@ def main() -> None:
             source = Path(work) / f"w{bits}"
             make_checkpoint(source, bits, parse_size(arguments.size))
             for target, cache in itertools.product(targets, arguments.cache):
-                row = run(source, target, bits, cache, arguments.repeats)
+                row = run(source, target, bits, cache, arguments.repeats, 1 if arguments.once else 2)
                 if row is not None:
                     rows.append(row)
                     print(*row, sep="\t", flush=True)
