@@ -10,6 +10,7 @@ both are held against float32 on a shorter batch.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,9 @@ def main() -> None:
     ids = torch.randint(0, 32000, (options.windows, options.seq_len), generator=torch.Generator().manual_seed(1))
     windows = TokenWindows.from_ids(ids)
     shape = f"{options.layers} layers, {options.windows} x {options.seq_len}"
+    _free()
+    if (left := torch.cuda.memory_allocated()) > 2**26:
+        print(f"{left / GIB:.2f} GiB were allocated before: run this in a process of its own to compare peaks")
     rows = []
     loops = [("plain torch", "reference", 0.0), *(("eqat", "auto", memory) for memory in options.memory)]
     for name, impl, memory in loops:
@@ -177,8 +181,14 @@ def main() -> None:
             )
         )
         del packed, step
-        torch.cuda.empty_cache()
+        _free()
     write(rows, options.csv)
+
+
+def _free() -> None:
+    """Models are full of reference cycles: what is not collected would count in the next row's peak."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def count_flops(config: LlamaConfig, windows: int, seq_len: int) -> int:
