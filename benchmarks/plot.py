@@ -43,6 +43,7 @@ COLOURS = {
     "plain": "#999999",
 }
 SPARE = ("#F0E442", "#D55E00", "#56B4E9", "#CC79A7", "#009E73")
+BUDGETED = ("e2e_qp_step",)  # measured with several memory budgets, which the note says
 MARKERS = {"dequant_matmul": "o", "scale_grad": "s", "e2e_qp_step": "D", "block_ap_step": "^", "generate": "P"}
 Row = dict[str, Any]
 NUMBERS = ("bits", "group_size", "bytes", "flops", "peak_mib", "p20_us", "p50_us", "p80_us")
@@ -54,7 +55,7 @@ def read(folder: Path) -> list[Row]:
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as handle:
             for row in csv.DictReader(handle):
-                key = tuple(row[name] for name in KEY)
+                key = tuple(row[name] for name in KEY) + (row["note"],) * (row["op"] in BUDGETED)
                 rows.pop(key, None)
                 numbers = {name: float(row[name]) for name in (*NUMBERS, "ceiling_bytes_s", "ceiling_flops_s")}
                 rows[key] = {**row, **numbers, "file": path.stem}
@@ -77,8 +78,9 @@ def _word(impl: str) -> str:
 
 
 def label(row: Row) -> str:
-    """Implementation and scheme."""
-    return row["impl"] + (f" w{row['bits']:.0f}g{row['group_size']:.0f}" if row["bits"] else "")
+    """Implementation and scheme, and what was kept in memory where that was a choice."""
+    scheme = f" w{row['bits']:.0f}g{row['group_size']:.0f}" if row["bits"] else ""
+    return row["impl"] + scheme + (f", {row['note'].rpartition(': ')[2]}" if row["op"] in BUDGETED else "")
 
 
 def bound(row: Row) -> float:
@@ -104,13 +106,17 @@ def bars(rows: Sequence[Row], title: str, *, rate: bool = False) -> Figure:
         title: of the picture.
         rate: draw calls a second in place of times.
     """
-    names = list(dict.fromkeys(label(row) for row in sorted(rows, key=lambda row: (row["bits"], row["impl"]))))
     grid = _grid(list(dict.fromkeys(_panel(row) for row in rows)))
+    ordered = sorted(rows, key=lambda row: (row["bits"], row["impl"]))
+    lines = [list(dict.fromkeys(label(row) for row in ordered if _panel(row) in places)) for places in grid]
     deep, wide = len(grid), max(map(len, grid))
-    height = deep * (0.21 * len(names) + 0.7) + 0.95
-    figure, panels = plt.subplots(deep, wide, figsize=(WIDTH, height), squeeze=False)
+    inches = [0.21 * len(names) for names in lines]
+    height = sum(inches) + 0.7 * deep + 0.95
+    figure, panels = plt.subplots(
+        deep, wide, figsize=(WIDTH, height), squeeze=False, gridspec_kw={"height_ratios": inches}
+    )
     others = unknown(rows)
-    for line, places in zip(panels, grid, strict=True):
+    for line, places, names in zip(panels, grid, lines, strict=True):
         for axes, panel in zip(line, [*places, *[""] * (wide - len(places))], strict=True):
             members = [row for row in rows if _panel(row) == panel]
             if members:
@@ -126,13 +132,13 @@ def bars(rows: Sequence[Row], title: str, *, rate: bool = False) -> Figure:
         else f"median time of a call; whiskers: 20th and 80th percentile{tick}"
     )
     figure.text(0.985, 0.06 / height, what, fontsize=8, ha="right", color="#444444")
-    left = 0.02 + 0.0066 * max(map(len, names))
+    left = 0.025 + 0.0078 * max(len(name) for names in lines for name in names)
     figure.subplots_adjust(
         left=left,
         right=0.985,
         top=1 - 0.85 / height,
         bottom=0.6 / height,
-        hspace=0.72 / (0.21 * len(names)),
+        hspace=0.72 * deep / sum(inches),
         wspace=0.08,
     )
     return figure
@@ -179,7 +185,11 @@ def _draw_bars(
             axes.plot([bound(row) * scale] * 2, [place - 0.39, place + 0.39], color="black", lw=1.6)
         memory = f"   {row['peak_mib'] / 1024:.2f} GiB" if row["peak_mib"] >= 1024 else ""
         axes.text(
-            max(middle, high) + 0.012 * longest, place, f"{_digits(middle)} {unit}{memory}", fontsize=7.5, va="center"
+            max(middle, high, 0 if rate else bound(row) * scale) + 0.012 * longest,
+            place,
+            f"{_digits(middle)} {unit}{memory}",
+            fontsize=7.5,
+            va="center",
         )
     axes.set_yticks(range(len(names)), names if labelled else [""] * len(names), fontsize=8)
     axes.set_xlim(0, longest * (1.42 if small else 1.25))
