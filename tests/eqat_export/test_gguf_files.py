@@ -123,7 +123,7 @@ def test_transformers_computes_with_our_weights_in_qwen3(tmp_path: Path, monkeyp
     from tests import tiny_models  # noqa: PLC0415
 
     # its reader leaves head_dim at Qwen3Config's 128, whatever the file says
-    wide = lambda: tiny_models.Qwen3Config(**tiny_models._SHAPE, head_dim=128, tie_word_embeddings=True)  # noqa: E731
+    wide = lambda: tiny_models.Qwen3Config(**tiny_models.SHAPE, head_dim=128, tie_word_embeddings=True)  # noqa: E731
     monkeypatch.setitem(tiny_models.ARCHITECTURES, "qwen3", wide)
     source = quantize_folder(save_tiny_model(tmp_path / "dense", "qwen3"), tmp_path / "source", QuantScheme(4, 64))
     convert(source, tmp_path / "out.gguf", "gguf")
@@ -366,7 +366,7 @@ def test_a_sliding_window_limits_the_context(exported) -> None:
 def test_ids_beyond_the_tokenizer_are_unused_tokens(tmp_path, monkeypatch) -> None:
     from tests import tiny_models  # noqa: PLC0415
 
-    more = lambda: tiny_models.LlamaConfig(**{**tiny_models._SHAPE, "vocab_size": 260})  # noqa: E731
+    more = lambda: tiny_models.LlamaConfig(**{**tiny_models.SHAPE, "vocab_size": 260})  # noqa: E731
     monkeypatch.setitem(tiny_models.ARCHITECTURES, "llama", more)
     source = quantize_folder(save_tiny_model(tmp_path / "dense"), tmp_path / "source", QuantScheme(4, 32))
     convert(source, tmp_path / "out.gguf", "gguf")
