@@ -74,6 +74,8 @@ def encode_part(checkpoint: Checkpoint, form: Format, name: str) -> EncodedPart:
     in_format = form.holds_module(name)
     if not in_format:  # ordinary weights, in the dtype of the scales
         form = DenseFormat(layer.scales.dtype)
+    if not isinstance(form, PackedFormat) and not form.takes_packed:
+        layer = layer.unpack()  # once, for encoding and for measuring
     stored = encode_layer(form, name, layer)
     part = EncodedPart(name, stored, in_format=in_format)
     if checkpoint.format is not None and checkpoint.format.rounds_zeros:

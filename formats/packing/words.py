@@ -47,7 +47,7 @@ def restream(words: Tensor, length: int, used: int, target: int) -> Tensor:
     run = math.lcm(used, target)
     rows_in, rows_out, whole = run // used, run // target, count * used // run
     result = words.new_empty(math.ceil(length / run) * rows_out, *words.shape[1:])
-    step = max(1, _CHUNK * 4 // max(1, rows_in * words[0].numel()))  # periods that stay in a core's cache
+    step = max(1, _CHUNK * 16 // max(1, rows_in * words[0].numel()))  # larger pieces than elsewhere: many operations
     for start in range(0, whole, step):
         some = slice(start, min(start + step, whole))
         _restream_periods(
