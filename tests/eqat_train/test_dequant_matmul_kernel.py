@@ -102,7 +102,8 @@ def test_what_it_cannot_compute_is_refused(kernel_device: torch.device) -> None:
         dequant_matmul(x.double(), packed, scales, impl="triton")
 
 
-def test_a_compiled_call_is_one_operator(kernel_device: torch.device) -> None:
+def test_a_compiled_call_is_one_operator(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # which auto-round sets where it is imported
     case = make_case(3, 64, 32, 128)
     packed, scales = case.packed.to(kernel_device), case.scales.float().to(kernel_device)
     seen: list[str] = []
