@@ -71,7 +71,7 @@ def classify(error: BaseException) -> tuple[int, str]:
     if hasattr(error, "exit_code"):
         return _typer_exit(error)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "error: interrupted; nothing partial was left behind"
+        return INTERRUPTED, "error: interrupted; no partial output is left behind"
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return BAD_INPUT, f"error: {one_line((error.strerror or str(error)) + where)}"
