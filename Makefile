@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 PYTEST_FLAGS ?=
+# Two processes of one thread each; a file's tests stay together, as its fixtures do.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo test test-runtimes test-gpu lint clean
 
@@ -37,7 +39,7 @@ demo: $(VENV)/.installed  ## train, export and verify the demo model: about a mi
 	cd demo-run && ../$(BIN)/eqat verify
 
 test: $(VENV)/.installed-dev lint  ## the whole suite on a CPU
-	$(BIN)/python -m pytest -m "not gpu and not runtimes" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu and not runtimes" $(PARALLEL) $(PYTEST_FLAGS)
 
 test-runtimes: $(VENV)/.installed-runtimes  ## the readers that are slow to install: llama.cpp
 	$(BIN)/python -m pytest -m "runtimes and not gpu" $(PYTEST_FLAGS)
