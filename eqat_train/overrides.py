@@ -2,7 +2,8 @@
 
 A pattern is a shell glob over the whole path (``*.down_proj``, ``model.layers.[0-3].*``); its value is ``skip`` (the
 layer stays as it is), ``w4g128``, ``w4`` (the model's group size) or ``g128`` (the model's bits). Where several
-patterns match a layer, the last one holds.
+patterns match a layer, the last one holds. The output head is quantized only where its
+path is written in full (``lm_head=w8g128``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from formats.errors import InputError
 from formats.types import QuantScheme
@@ -19,6 +21,7 @@ from formats.types import QuantScheme
 __all__ = ["choose_schemes", "describe_overrides", "override_scheme", "parse_overrides", "split_override"]
 
 SKIP = "skip"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 _BITS = (2, 3, 4, 8)
 _SCHEME = re.compile(r"(?:w(?P<bits>\d+))?(?:g(?P<group>-1|\d+))?")
 
@@ -70,7 +73,12 @@ def override_scheme(value: str, scheme: QuantScheme) -> QuantScheme | None:
 
 
 def choose_schemes(
-    names: Collection[str], scheme: QuantScheme, overrides: Mapping[str, str], *, outside: Collection[str] = ()
+    names: Collection[str],
+    scheme: QuantScheme,
+    overrides: Mapping[str, str],
+    *,
+    head: str | None = None,
+    outside: Mapping[str, str] = NOTHING,
 ) -> dict[str, QuantScheme | None]:
     """The scheme of every layer, None where it stays in full precision.
 
@@ -78,18 +86,22 @@ def choose_schemes(
         names: module paths of the layers that can be quantized.
         scheme: the model-wide scheme.
         overrides: pattern -> value, checked.
-        outside: linears that are never quantized, for messages.
+        head: module path of an output head that has its own weight. It is chosen where a pattern is that very path.
+        outside: other linear, which is never quantized -> why.
 
     Raises:
         InputError: a pattern matches no layer, or none is left to quantize.
     """
     chosen: dict[str, QuantScheme | None] = dict.fromkeys(names, scheme)
     for pattern, value in overrides.items():
+        if pattern == head:
+            chosen[head] = override_scheme(value, scheme)
+            continue
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
-            raise InputError(_unmatched(pattern, names, outside))
+            raise InputError(_unmatched(pattern, names, head, outside))
         chosen.update(dict.fromkeys(matched, override_scheme(value, scheme)))
-    if all(found is None for found in chosen.values()):
+    if all(chosen[name] is None for name in names):
         raise InputError(f"the overrides skip every one of {len(chosen)} layers; nothing is left to quantize")
     return chosen
 
@@ -101,10 +113,12 @@ def describe_overrides(chosen: Mapping[str, QuantScheme | None], scheme: QuantSc
     return f"of {len(chosen)} layers, {', '.join(parts)}, the others {scheme}" if parts else ""
 
 
-def _unmatched(pattern: str, names: Iterable[str], outside: Iterable[str]) -> str:
+def _unmatched(pattern: str, names: Iterable[str], head: str | None, outside: Mapping[str, str]) -> str:
+    if head is not None and fnmatchcase(head, pattern):
+        return f"override {pattern!r} matches only the output head, which is quantized where it is named: {head}"
     kept = next((name for name in outside if fnmatchcase(name, pattern)), None)
     if kept is not None:
-        return f"override {pattern!r}: {kept} is outside the decoder blocks and always stays in full precision"
+        return f"override {pattern!r}: {kept} {outside[kept]} and always stays in full precision"
     # "*.down_proj" is offered as well as whole paths
     known = dict.fromkeys([*(f"*.{name.rpartition('.')[2]}" for name in names), *names])
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0)

@@ -129,6 +129,8 @@ class AwqFormat(Fp16ScalesFormat):
             "zero_point": True,
             "modules_to_not_convert": list(ignore),
         }
+        if "lm_head" not in ignore:  # vLLM and SGLang leave the head in full precision unless told
+            config["lm_head"] = True
         # gptqmodel passes over modules_to_not_convert without a word and would read such a module as quantized
         dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
         return config | ({"dynamic": dynamic} if dynamic else {})

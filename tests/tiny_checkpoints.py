@@ -28,28 +28,30 @@ def quantize_folder(
     change: LayerChange | None = None,
     schemes: Mapping[str, QuantScheme | None] = MappingProxyType({}),
 ) -> Path:
-    """Round-to-nearest checkpoint of a full-precision folder: every two-axis ``layers.*.weight`` is quantized.
+    """Round-to-nearest checkpoint of a full-precision folder: every two-axis ``layers.*.weight`` is quantized,
+    and others that ``schemes`` names.
 
     ``schemes`` has the layers that differ: module path -> scheme, or None to keep one in full precision.
     """
     fmt = get_format(format_id)
     written = scheme
     kept = [name for name, own in schemes.items() if own is None]
+    kept += [] if "lm_head" in schemes else ["lm_head"]
     with CheckpointReader(model_folder) as reader, CheckpointWriter(out) as writer:
         for name in reader.tensors:
             tensor = reader.get(name)
-            if ".layers." not in name or tensor.dim() != 2 or name.removesuffix(".weight") in kept:
+            path = name.removesuffix(".weight")
+            if tensor.dim() != 2 or path in kept or not (".layers." in name or path in schemes):
                 if not _is_quantized_bias(name, reader):
                     writer.add(name, tensor)
                 continue
-            path = name.removesuffix(".weight")
             bias = reader.get(f"{path}.bias") if f"{path}.bias" in reader.tensors else None
             layer = round_to_nearest(tensor.float(), schemes.get(path) or scheme, bias=bias)
             layer = layer if change is None else change(layer)
             written = layer.scheme if path not in schemes else written
             write_layer(writer, fmt, path, layer)
         overrides = {name: own for name, own in schemes.items() if own is not None}
-        write_model_config(writer, reader.config, fmt, written, ("lm_head", *kept), overrides=overrides)
+        write_model_config(writer, reader.config, fmt, written, kept, overrides=overrides)
         writer.copy_companions(model_folder)
     return out
 

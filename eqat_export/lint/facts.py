@@ -25,9 +25,10 @@ Of each layer: bits, group_size, sym and desc_act as configured; symmetric and a
 not -1); whole_groups (group_size divides in_features); fused (engines compute it as a part of another linear);
 fused_out and fused_bits (out_features and bits of a column of that linear, or its own); scale_dtype; lowest_zero,
 highest_zero; override (its scheme is not the model's); fused_override (so, as a part of a fused linear); fused_alike
-(the parts of its fused linear have one scheme); expert (it belongs to one expert of a mixture); experts_alike (all
-linears of that mixture have one scheme); expert_names (``own`` where its path has Mixtral's w1, w2 and w3); ggml_type;
-of compressed-tensors weight_packed, weight_scale, weight_zero_point and weight_shape (``stored.py`` has what of them).
+(the parts of its fused linear have one scheme); head (it is the output head); expert (it belongs to one expert of a
+mixture); experts_alike (all linears of that mixture have one scheme); expert_names (``own`` where its path has
+Mixtral's w1, w2 and w3); ggml_type; of compressed-tensors weight_packed, weight_scale, weight_zero_point and
+weight_shape (``stored.py`` has what of them).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ Facts = Mapping[str, Value]
 
 # Linears that vllm and sglang compute as one (packed_modules_mapping of their Llama; most models name them alike).
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_HEADS = ("lm_head", "embed_out")
 _MIXTRAL = ("w1", "w2", "w3")
 _MEANINGS = {"gptq": "less one", "gptq_v2": "raw"}
 _GGML_UNITS = {9: "Q2_0", 18: "Q4_0", 22: "Q5_0", 34: "Q8_0"}  # bytes for 32 weights
@@ -137,6 +139,7 @@ def _layer_facts(checkpoint: Checkpoint, survey: Survey, name: str, scheme: Quan
         "desc_act": scheme.desc_act,
         "g_idx": "g_idx" in shapes or "weight_g_idx" in shapes,
         "override": scheme != checkpoint.scheme,
+        "head": name.rpartition(".")[2] in _HEADS,
     }
     features = _features(checkpoint, name)
     if features is not None:

@@ -74,6 +74,7 @@ def _outcome(engine: Engine, form: str, bits: int, *, sym: bool) -> str:
         "override": False,
         "fused_override": False,
         "fused_alike": True,
+        "head": False,
         "expert": False,
     }
     effects = {item.rule.effect for item in broken_rules(engine, as_written({"layer": layer}, form))}

@@ -80,6 +80,15 @@ ENGINE = Engine(
             routes=("compressed-tensors", "dense"),
         ),
         Rule(
+            "head",
+            (*GPTQ, "awq"),
+            "misread",
+            "never builds a quantized output head, and fills the head at random",
+            "quantizers/base.py get_keys_to_not_convert; integrations/awq.py; optimum 2.3.0 gptq/quantizer.py",
+            needs=({"head": (False,)},),
+            routes=("compressed-tensors", "dense"),
+        ),
+        Rule(
             "experts",
             (*GPTQ, "awq", "auto-round"),
             "misread",

@@ -91,6 +91,7 @@ _OF_THE_LAYER = (
     "override",
     "fused_override",
     "fused_alike",
+    "head",
     "expert",
     "experts_alike",
     "expert_names",

@@ -68,7 +68,12 @@ class BlockFiles:
             return {name: file.get_tensor(name) for name in file.keys()}
 
     def assemble(
-        self, writer: CheckpointWriter, source: CheckpointReader, owner: Mapping[str, int], replaced: Collection[str]
+        self,
+        writer: CheckpointWriter,
+        source: CheckpointReader,
+        owner: Mapping[str, int],
+        replaced: Collection[str],
+        instead: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         """Streams a whole model: finished blocks, and every other tensor of the source unchanged, in its order.
 
@@ -77,6 +82,7 @@ class BlockFiles:
             source: of the full-precision model.
             owner: tensor name -> index of its block, for every source tensor inside a block.
             replaced: source tensors that the finished blocks stand for.
+            instead: source tensor outside the blocks -> what is written in its place.
         """
         written: set[int] = set()
         for name in source.tensors:
@@ -86,7 +92,9 @@ class BlockFiles:
                 with safe_open(self._file(index), framework="pt") as file:
                     for key in file.keys():
                         writer.add(key, file.get_tensor(key))
-            if name not in replaced:
+            for key, tensor in instead.get(name, {}).items():
+                writer.add(key, tensor)
+            if name not in replaced and name not in instead:
                 writer.add(name, source.get(name))
 
     def remove(self) -> None:

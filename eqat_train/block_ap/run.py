@@ -43,6 +43,7 @@ from .activations import ActivationStore, Place, bytes_to_train, choose_place
 from .block_files import BlockFiles
 from .capture import BlockCall, Capture
 from .checks import check_linear, check_tokens
+from .output_head import check_head, encoded_head, find_own_head, why_kept
 from .passes import Streams, advance_, forward_spans, validate
 from .settings import BlockApReport, BlockApSettings, BlockReport
 from .starved_experts import report_experts, starved_linears
@@ -152,7 +153,11 @@ class _Run:
         inside = {module: f"{self.path}.{name}" for name, module in self.layers.named_modules()}
         outside = [name for name, module in model.named_modules() if is_quantizable(module) and module not in inside]
         linears = [name for module, name in inside.items() if is_quantizable(module)]
-        self.schemes = choose_schemes(linears, settings.scheme, settings.overrides, outside=outside)
+        head = find_own_head(model, reader)
+        others = {name: why_kept(model, name) for name in outside if name != head}
+        self.schemes = choose_schemes(linears, settings.scheme, settings.overrides, head=head, outside=others)
+        self.head = None if head is None or (found := self.schemes.get(head)) is None else (head, found)
+        outside = [name for name in outside if self.schemes.get(name) is None]
         kept = [name for m, name in inside.items() if has_matrix(m) and self.schemes.get(name) is None]
         self.ignore = [*outside, *kept, *other_matrices(model, reader.tensors)]
         self.parameters = {
@@ -166,6 +171,7 @@ class _Run:
     def check(self) -> None:
         """Refuses what would fail later: a scheme that does not fit, or a file whose tensors are not the model's."""
         check_names(self.model, self.reader.tensors, self.reader.folder)
+        check_head(self.model, self.head, self.format)
         for index, layer in enumerate(self.layers):
             check_experts(layer, f"{self.path}.{index}")
             for name, module in layer.named_modules():
@@ -201,7 +207,8 @@ class _Run:
     def write(self, writer: CheckpointWriter, files: BlockFiles) -> None:
         """Puts the checkpoint together."""
         owner = {name: index for name in self.reader.tensors if (index := self._block_of(name)) is not None}
-        files.assemble(writer, self.reader, owner, self.parameters)
+        head = encoded_head(self.reader, self.head, self.format, self.settings.scale_dtype)
+        files.assemble(writer, self.reader, owner, self.parameters, head)
         usual = self.settings.scheme
         overrides = {name: scheme for name, scheme in self.schemes.items() if scheme not in (None, usual)}
         write_model_config(writer, self.reader.config, self.format, usual, self.ignore, overrides=overrides)

@@ -27,7 +27,7 @@ NAMES = [f"model.layers.{i}.{name}" for i in (0, 1, 10) for name in ("self_attn.
 
 
 def chosen(**overrides: str) -> dict[str, QuantScheme | None]:
-    return choose_schemes(NAMES, BASE, overrides, outside=["lm_head"])
+    return choose_schemes(NAMES, BASE, overrides, outside={"score": "is outside the decoder blocks"})
 
 
 def test_the_last_pattern_that_matches_a_layer_holds() -> None:
@@ -54,8 +54,8 @@ def test_a_pattern_without_a_match_is_refused_with_the_nearest() -> None:
         chosen(down_proj="w4")
     with pytest.raises(InputError, match=r"nearest are model\.layers\.1\.self_attn\.q_proj, "):
         chosen(**{"model.layers.1.self_atn.q_proj": "w4"})
-    with pytest.raises(InputError, match="lm_head is outside the decoder blocks"):
-        chosen(lm_head="w8")
+    with pytest.raises(InputError, match="score is outside the decoder blocks"):
+        chosen(score="w8")
     with pytest.raises(InputError, match="skip every one of 6 layers"):
         chosen(**{"*": "skip"})
 
