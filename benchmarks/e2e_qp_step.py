@@ -1,4 +1,4 @@
-"""E2E-QP's micro-step (forward and backward of one micro-batch) on layers of Llama-2-7B's shape, random weights.
+"""E2E-QP's micro-step on layers of Llama-2-7B's shape, random weights: the gradient of some windows in a pass or more.
 
 Compares this repository's loop with the plain one it replaced: the same packed model through the plain-torch
 references, every layer recomputed whole, logits of all tokens at once. Before any timing, loss and scale gradients of
@@ -95,16 +95,20 @@ def _whole_layers_recomputed(layers: nn.ModuleList) -> Iterator[None]:
 
 
 @contextmanager
-def ours(packed: PackedModel, windows: TokenWindows, plan: list[int | None]) -> Iterator[Callable[[], Tensor]]:
-    """One micro-batch of the training loop."""
+def ours(
+    packed: PackedModel, windows: TokenWindows, plan: list[int | None], windows_a_pass: int
+) -> Iterator[Callable[[], Tensor]]:
+    """The gradient of the training loop."""
     with fused_modules(packed.model), recomputed_in_backward(packed.layers, plan):
-        yield partial(accumulate_gradients, packed.model, windows, len(windows), CUDA)
+        yield partial(accumulate_gradients, packed.model, windows, windows_a_pass, CUDA)
 
 
 @contextmanager
-def plain(packed: PackedModel, windows: TokenWindows, plan: list[int | None]) -> Iterator[Callable[[], Tensor]]:
+def plain(
+    packed: PackedModel, windows: TokenWindows, plan: list[int | None], windows_a_pass: int
+) -> Iterator[Callable[[], Tensor]]:
     """The loop that was replaced."""
-    del plan
+    del plan, windows_a_pass
     with _whole_layers_recomputed(packed.layers):
         yield partial(plain_step, packed, windows)
 
@@ -128,11 +132,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument(
-        "--memory",
-        type=float,
+        "--plans",
+        type=_plan,
         nargs="+",
-        default=[4.9, 100.0, 0.0],
-        help="GiB that forward is planned to keep for backward; a row each (100: everything, 0: the least)",
+        default=[(2, 100.0), (1, 100.0), (2, 0.0), (4, 100.0), (4, 4.9), (4, 0.0)],
+        metavar="WINDOWS:GIB",
+        help="windows a pass, and GiB that forward is planned to keep for backward; a row each (100: everything, "
+        "0: the least)",
     )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--csv", type=Path)
@@ -154,13 +160,13 @@ def main() -> None:
     if (left := torch.cuda.memory_allocated()) > 2**26:
         print(f"{left / GIB:.2f} GiB were allocated before: run this in a process of its own to compare peaks")
     rows = []
-    loops = [("plain torch", "reference", 0.0), *(("eqat", "auto", memory) for memory in options.memory)]
-    for name, impl, memory in loops:
+    loops = [("plain torch", "reference", 4, 0.0), *(("eqat", "auto", *plan) for plan in options.plans)]
+    for name, impl, windows_a_pass, memory in loops:
         packed = packed_model(config, options.bits, options.group, torch.bfloat16, impl)
-        plan = plan_recomputing(list(packed.layers), ids.numel(), 2, int(memory * GIB))
+        plan = plan_recomputing(list(packed.layers), windows_a_pass * options.seq_len, 2, int(memory * GIB))
         for scale in packed.scales:
             scale.grad = torch.zeros_like(scale)
-        with LOOPS[impl](packed, windows, plan) as step:
+        with LOOPS[impl](packed, windows, plan, windows_a_pass) as step:
             for _ in range(2):
                 step()
             torch.cuda.synchronize()
@@ -177,12 +183,22 @@ def main() -> None:
                 time,
                 flops=count_flops(config, options.windows, options.seq_len),
                 peak_mib=torch.cuda.max_memory_allocated() / 2**20,
-                note="whole layers recomputed" if impl == "reference" else f"outputs kept a layer: {plan}",
+                note="whole layers recomputed" if impl == "reference" else _note(plan, windows_a_pass),
             )
         )
         del packed, step
         _free()
     write(rows, options.csv)
+
+
+def _plan(text: str) -> tuple[int, float]:
+    windows, _, memory = text.partition(":")
+    return int(windows), float(memory)
+
+
+def _note(plan: list[int | None], windows_a_pass: int) -> str:
+    kept = "nothing recomputed" if set(plan) == {None} else f"outputs kept a layer: {plan}"
+    return f"{windows_a_pass} windows a pass, {kept}"
 
 
 def _free() -> None:
@@ -204,13 +220,13 @@ def check(config: LlamaConfig, bits: int, group_size: int) -> None:
     ids = torch.randint(0, config.vocab_size, (2, 1024), generator=torch.Generator().manual_seed(2))
     windows = TokenWindows.from_ids(ids)
     packed = packed_model(config, bits, group_size, torch.float32, "reference")
-    with plain(packed, windows, []) as step:
+    with plain(packed, windows, [], 2) as step:
         expected = loss_and_gradients(step, packed)
     found = {}
     for impl in ("reference", "auto"):
         packed = packed_model(config, bits, group_size, torch.bfloat16, impl)
         plan: list[int | None] = [(0, 1, 4, None)[i % 4] for i in range(len(packed.layers))]
-        with LOOPS[impl](packed, windows, plan) as step:
+        with LOOPS[impl](packed, windows, plan, 2) as step:
             found[impl] = loss_and_gradients(step, packed)
             again = loss_and_gradients(step, packed)
         loss, grads = found[impl]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .quant_linear import QuantLinear
 
-__all__ = ["least_memory", "plan_recomputing", "recomputed_in_backward"]
+__all__ = ["least_memory", "most_memory", "plan_recomputing", "recomputed_in_backward"]
 
 _ATTENTION = frozenset(
     getattr(torch.ops.aten, name).default
@@ -101,6 +101,11 @@ def least_memory(layers: Sequence[nn.Module], tokens: int, itemsize: int) -> int
     """Bytes that forward keeps for backward when every layer but the last is recomputed whole."""
     _, whole, least = _sizes(layers, tokens * itemsize)
     return sum(least[:-1]) + max(whole, default=0)
+
+
+def most_memory(layers: Sequence[nn.Module], tokens: int, itemsize: int) -> int:
+    """Bytes that forward keeps for backward when nothing is recomputed."""
+    return sum(_sizes(layers, tokens * itemsize)[1])
 
 
 def _sizes(layers: Sequence[nn.Module], width: int) -> tuple[list[list[QuantLinear]], list[int], list[int]]:

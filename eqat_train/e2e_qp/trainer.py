@@ -26,7 +26,7 @@ from ..resume.stopping import StopAfterStep
 from .fused_modules import fused_modules
 from .next_token import accumulate_gradients, mean_loss
 from .packed_model import PackedModel
-from .recompute import least_memory, plan_recomputing, recomputed_in_backward
+from .recompute import least_memory, most_memory, plan_recomputing, recomputed_in_backward
 from .settings import E2eSettings
 from .state import DamagedStateError, E2eProgress, E2eState
 
@@ -34,8 +34,10 @@ __all__ = ["Trainer", "learning_rate_factor"]
 
 # Seconds between two savings of the state.
 SAVE_SECONDS = 300
-# Tokens beyond which a larger micro-batch no longer makes the matmuls faster.
+# Tokens beyond which a larger micro-batch no longer makes the matmuls faster, and the fewest at which a smaller one
+# still costs less than recomputing (benchmarks/e2e_qp_step.py).
 MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}
+FEWEST_TOKENS = 4096
 # Bytes that forward may keep for backward on a CPU; on a GPU it is a share of what is free.
 ACTIVATION_BUDGET = 2**30
 FREE_SHARE = 0.6
@@ -212,13 +214,16 @@ class Trainer:
     def _fitting_micro_batch_size(self, seq_len: int) -> int:
         """Windows a pass that fill the device, the batch cut evenly; on a GPU no more than its memory takes."""
         batch_size, itemsize = self.settings.batch_size, self.settings.resolved_compute_dtype().itemsize
-        passes = math.ceil(
-            batch_size / max(1, MICRO_TOKENS["cuda" if self.device.type == "cuda" else "cpu"] // seq_len)
-        )
+        gpu = self.device.type == "cuda"
+        layers = list(self.packed.layers)
+
+        def fits(size: int) -> bool:
+            memory = most_memory if (size - 1) * seq_len >= FEWEST_TOKENS else least_memory
+            return memory(layers, size * seq_len, itemsize) <= self._budget
+
+        passes = math.ceil(batch_size / max(1, MICRO_TOKENS["cuda" if gpu else "cpu"] // seq_len))
         size = math.ceil(batch_size / passes)
-        while size > 1 and self.device.type == "cuda":
-            if least_memory(list(self.packed.layers), size * seq_len, itemsize) <= self._budget:
-                break
+        while gpu and size > 1 and not fits(size):
             passes += 1
             size = math.ceil(batch_size / passes)
         return size

@@ -15,7 +15,7 @@ from eqat_train.e2e_qp.fused_modules import fused_modules
 from eqat_train.e2e_qp.next_token import accumulate_gradients
 from eqat_train.e2e_qp.packed_model import PackedModel, load_packed_model
 from eqat_train.e2e_qp.quant_linear import QuantLinear
-from eqat_train.e2e_qp.recompute import least_memory, plan_recomputing, recomputed_in_backward
+from eqat_train.e2e_qp.recompute import least_memory, most_memory, plan_recomputing, recomputed_in_backward
 from eqat_train.ops.dequant_matmul.autograd import trained_linear, trained_linears
 from eqat_train.ops.packed import PackedWeight
 from eqat_train.ops.tolerances import relative_error
@@ -172,6 +172,7 @@ def test_a_plan_fills_the_budget_from_the_last_layer_down() -> None:
     assert plan_recomputing(layers, 10, 2, 10 * (token + 2 * least + 2 * 192 + 128)) == [1, 2, None]
     assert plan_recomputing(layers, 10, 2, 0) == [0, 0, None]
     assert least_memory(layers, 10, 2) == 10 * (token + 2 * least)
+    assert most_memory(layers, 10, 2) == 10 * 3 * token
     assert plan_recomputing(layers, 10, 2, least_memory(layers, 10, 2)) == [0, 0, None]
 
 
