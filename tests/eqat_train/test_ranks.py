@@ -99,7 +99,7 @@ def assert_same_training(one: Path, other: Path) -> None:
     mine, its = report(one), report(other)
     for kind, name in (("block", "train_loss"), ("block", "val_loss"), ("e2e_step", "loss"), ("e2e_step", "grad_norm")):
         found = [event[name] for event in mine[kind]]  # of the blocks after an interruption
-        assert found and found == pytest.approx([event[name] for event in its[kind]][-len(found) :], rel=1e-4)
+        assert found and found == pytest.approx([event[name] for event in its[kind]][-len(found) :], rel=1e-5)
     with open_checkpoint(one) as first, open_checkpoint(other) as second:
         codes = different = 0
         for name in first.layer_names:
