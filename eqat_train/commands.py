@@ -19,7 +19,9 @@ from .evaluate import generate_sample, perplexity
 from .hardware import resolve_device, resolve_dtype
 from .inference.session import GenerationOptions, start_generation
 from .models.loading import load_config, load_dense_model, load_tokenizer, resolve_model
+from .pipeline.following import follow
 from .pipeline.train import train
+from .ranks.together import run_together
 from .reporting.progress import Reporter
 from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
 
@@ -29,9 +31,14 @@ __all__ = ["EvalOptions", "GenerationOptions", "eval_command", "generate_command
 def train_command(given: Mapping[str, Any], *, config: Path | None, as_json: bool, quiet: bool) -> None:
     """``eqat train``."""
     silence_libraries()
-    result = train(build_config(given, config), choose_reporter(as_json, quiet))
-    if quiet and not as_json:
-        print(result.out)
+    settings = build_config(given, config)
+
+    def lead() -> None:
+        result = train(settings, choose_reporter(as_json, quiet))
+        if quiet and not as_json:
+            print(result.out)
+
+    run_together(settings.device, lead, lambda: follow(settings))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 
 from formats.errors import InputError
 
+from .ranks.group import current
+
 __all__ = ["DTYPES", "peak_memory", "resolve_device", "resolve_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -17,9 +19,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve_device(name: str) -> torch.device:
     """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto is the GPU if there is one.
 
+    Under torchrun it is the rank's own, whatever the name.
+
     Raises:
         InputError: no such device here.
     """
+    if (ranks := current()) is not None:
+        return ranks.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")

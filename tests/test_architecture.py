@@ -12,7 +12,7 @@ PACKAGES = ("formats", "eqat_train", "eqat_export")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 ROOT_COMMAND = "eqat_export.cli"
 CLI_MODULES = ("eqat_train.cli", ROOT_COMMAND)
-ENTRY_POINTS = (ROOT_COMMAND, "eqat_export.__main__")
+ENTRY_POINTS = (ROOT_COMMAND, "eqat_export.__main__", "eqat_train.__main__")
 FORMATS_MAY_IMPORT = {"formats", "torch", "numpy", "safetensors"}
 FORMATS_MAY_IMPORT_WHEN_ASKED = {"onnx", "google"}  # inside functions: what some containers are read and written with
 HEAVY = {"torch", "numpy", "safetensors", "transformers", "accelerate", "datasets", "formats", "gptqmodel"}
@@ -70,6 +70,8 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         foreign = {top(name) for name in imported} - set(sys.stdlib_module_names) - FORMATS_MAY_IMPORT
         assert foreign <= FORMATS_MAY_IMPORT_WHEN_ASKED
         assert not foreign & {top(name) for name in imports_of(path, at_module_level(path))}
+    elif module == "eqat_train.__main__":  # torchrun starts modules, and this one is the root command
+        assert imported == {"sys", f"{ROOT_COMMAND}.main"}
     elif top(module) == "eqat_train":
         assert "eqat_export" not in rooms
     elif module == ROOT_COMMAND:

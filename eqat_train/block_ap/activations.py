@@ -67,6 +67,7 @@ def choose_place(
     *,
     reserved: int = 0,
     dtype: torch.dtype = torch.float32,
+    sharing: int = 1,
 ) -> PlaceChoice:
     """Picks the fastest place that holds all streams, or checks the requested one.
 
@@ -77,14 +78,15 @@ def choose_place(
         work_dir: folder of the files that "disk" uses.
         reserved: bytes the computation itself needs on the device.
         dtype: of the streams, for the advice where they do not fit.
+        sharing: processes on this machine that need as much of its RAM or disk.
 
     Raises:
         InputError: the requested place does not exist or has too little room, or no place has room.
     """
     room: dict[Place, int] = {
         "gpu": int((_free_gpu(device) - reserved) * _GPU_SHARE),
-        "ram": int(psutil.virtual_memory().available * _RAM_SHARE),
-        "disk": int(shutil.disk_usage(work_dir).free * _DISK_SHARE),
+        "ram": int(psutil.virtual_memory().available * _RAM_SHARE) // sharing,
+        "disk": int(shutil.disk_usage(work_dir).free * _DISK_SHARE) // sharing,
     }
     if requested == "gpu" and device.type != "cuda":
         raise InputError(f"activations 'gpu' need a CUDA device and the device is {device}; use ram, disk or auto")

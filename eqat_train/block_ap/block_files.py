@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
@@ -19,7 +19,39 @@ from formats.checkpoint import CheckpointReader, CheckpointWriter
 from ..resume.durable import checksum, read_json, write_json, write_tensors
 from ..resume.stage import StageFolder
 
-__all__ = ["BlockFiles"]
+__all__ = ["BlockFiles", "Blocks", "read_block"]
+
+
+class Blocks(Protocol):
+    """What training needs of the finished blocks.
+
+    Attributes:
+        folder: where their files are.
+        damaged: see :class:`BlockFiles`.
+        reports: of those that were finished when training began; empty where they are not needed.
+        finished: how many those are.
+    """
+
+    folder: Path
+    damaged: int | None
+    reports: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> int: ...
+
+    def read(self, index: int) -> dict[str, Tensor]: ...
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None: ...
+
+
+def read_block(folder: Path, index: int) -> dict[str, Tensor]:
+    """The tensors of a finished block by full name."""
+    with safe_open(_file(folder, index), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:03d}.safetensors"
 
 
 class BlockFiles:
@@ -51,6 +83,11 @@ class BlockFiles:
                 break
             self.reports.append(record["report"])
 
+    @property
+    def finished(self) -> int:
+        """Number of finished blocks, when the folder was opened."""
+        return len(self.reports)
+
     def save(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Writes one finished block.
 
@@ -64,8 +101,7 @@ class BlockFiles:
 
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors of a finished block by full name."""
-        with safe_open(self._file(index), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return read_block(self.folder, index)
 
     def assemble(
         self,
@@ -102,7 +138,7 @@ class BlockFiles:
         self._stage.remove()
 
     def _file(self, index: int) -> Path:
-        return self.folder / f"{index:03d}.safetensors"
+        return _file(self.folder, index)
 
     def _record(self, index: int) -> Path:
         return self.folder / f"{index:03d}.json"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ranks.group import count_of_ranks
+from ..ranks.group import total as total_of_ranks
 from .activations import ActivationStore
 from .capture import BlockCall
 from .trainable_block import TrainableBlock
@@ -58,7 +60,7 @@ def advance_(store: ActivationStore, block: torch.nn.Module, call: BlockCall, co
 @torch.no_grad()
 def validate(block: TrainableBlock, call: BlockCall, streams: Streams, dtype: torch.dtype) -> float | None:
     """Mean squared error of the block over a split, a mean over all its elements; None when it is empty."""
-    count = len(streams.full)
+    count = count_of_ranks(len(streams.full))
     if not count:
         return None
     total = torch.zeros((), device=streams.full.device)
@@ -66,7 +68,7 @@ def validate(block: TrainableBlock, call: BlockCall, streams: Streams, dtype: to
         with autocast(streams.full.device, dtype):
             output = block(call, streams.quantized.read(start, stop))
         total += reconstruction_loss(output, streams.full.read(start, stop)) * (stop - start)
-    return total.item() / count
+    return total_of_ranks(total).item() / count
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:

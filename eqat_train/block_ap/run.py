@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Container
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,16 +37,20 @@ from ..models.decoder import find_decoder_layers, is_quantizable
 from ..models.experts import check_experts, count_tokens
 from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
 from ..overrides import choose_schemes, describe_overrides
+from ..ranks.divergence import check_same
+from ..ranks.group import largest, local_size, suffixed
 from ..reporting.progress import Reporter
 from ..resume.stage import StageRecord
 from .activations import ActivationStore, Place, bytes_to_train, choose_place
-from .block_files import BlockFiles
+from .block_files import BlockFiles, Blocks
 from .capture import BlockCall, Capture
 from .checks import check_linear, check_tokens
 from .output_head import check_head, encoded_head, find_own_head, why_kept
 from .passes import Streams, advance_, forward_spans, validate
 from .settings import BlockApReport, BlockApSettings, BlockReport
+from .shares import call_followers, own_samples, own_settings, slowest, tokens_of_all
 from .starved_experts import report_experts, starved_linears
+from .telling import tell_block
 from .trainable_block import TrainableBlock, put_numbers_
 from .trainer import train_block
 from .unfinished import block_ap_identity, block_report, going_on, report_from
@@ -70,7 +74,7 @@ def check_block_ap(model_folder: Path, settings: BlockApSettings, *, trust_remot
     """
     with CheckpointReader(model_folder) as reader:
         model = build_skeleton(model_folder, torch.float32, trust_remote_code=trust_remote_code)
-        _Run(reader, model, settings, Reporter()).check()
+        BlockApRun(reader, model, own_settings(settings), Reporter()).check()
 
 
 def run_block_ap(
@@ -115,7 +119,7 @@ def run_block_ap(
             method = reader.quantization_config.get("quant_method", "unknown method")
             raise InputError(f"{model_folder} is already quantized ({method}); Block-AP starts from full precision")
         model = build_skeleton(model_folder, torch.float32, trust_remote_code=trust_remote_code)
-        run = _Run(reader, model, settings, reporter)
+        run = BlockApRun(reader, model, own_settings(settings), reporter)
         run.check()
         if settings.epochs:
             check_tokens(train, val, run.model.config.get_text_config().vocab_size)
@@ -139,8 +143,8 @@ def run_block_ap(
     return report
 
 
-class _Run:
-    """One run over an open full-precision checkpoint."""
+class BlockApRun:
+    """One run over an open full-precision checkpoint, on one rank."""
 
     def __init__(
         self, reader: CheckpointReader, model: PreTrainedModel, settings: BlockApSettings, reporter: Reporter
@@ -187,21 +191,23 @@ class _Run:
                     )
 
     def train(
-        self, train: Tensor, val: Tensor, files: BlockFiles, work_dir: Path
+        self, train: Tensor, val: Tensor, files: Blocks, work_dir: Path
     ) -> tuple[tuple[BlockReport, ...], Place | None]:
         """Trains and saves every block that is not finished, or rounds it to the nearest when there are no epochs."""
-        count = len(self.layers)
+        count, done = len(self.layers), files.finished
         blocks = [block_report(values) for values in files.reports]
-        if blocks or files.damaged is not None:
-            self.reporter.message(going_on(len(blocks), count, files))
-        if not self.settings.epochs or len(blocks) == count:
-            blocks += [self._round_block(files, index) for index in range(len(blocks), count)]
+        if done or files.damaged is not None:
+            self.reporter.message(going_on(done, count, files))
+        if not self.settings.epochs or done == count:
+            blocks += [self._round_block(files, index) for index in range(done, count)]
             return tuple(blocks), None
+        call_followers(files.folder, done, train, val)
+        train, val = own_samples(train, val, self.settings.batch_size)
         with ExitStack() as stack:
             calls, splits, place = self._capture(stack, train, val, work_dir)
-            for index in range(len(blocks)):
+            for index in range(done):
                 self._replay_block(files, index, calls[index], *splits)
-            blocks += [self._train_block(files, index, calls[index], *splits) for index in range(len(blocks), count)]
+            blocks += [self._train_block(files, index, calls[index], *splits) for index in range(done, count)]
         return tuple(blocks), place
 
     def write(self, writer: CheckpointWriter, files: BlockFiles) -> None:
@@ -236,18 +242,17 @@ class _Run:
                 work_dir,
                 reserved=bytes_to_train(self.layers, min(self.settings.batch_size, len(train)) * train.shape[1]),
                 dtype=activation_dtype,
+                sharing=local_size(),
             )
+            choice = replace(choice, place=slowest(choice.place))
             self.reporter.message(str(choice))
             splits = []
             for name, tokens in (("train", train), ("val", val)):
                 shape = (len(tokens), train.shape[1], hidden)
+                files = (work_dir / suffixed(f"{name}-{stream}.bin") for stream in ("full", "quantized"))
                 full, quantized = (
-                    stack.enter_context(
-                        ActivationStore(
-                            shape, activation_dtype, choice.place, self.device, work_dir / f"{name}-{stream}.bin"
-                        )
-                    )
-                    for stream in ("full", "quantized")
+                    stack.enter_context(ActivationStore(shape, activation_dtype, choice.place, self.device, file))
+                    for file in files
                 )
                 for start, stop in forward_spans(full):
                     full.write(start, capture.inputs(tokens[start:stop]))
@@ -286,17 +291,17 @@ class _Run:
         found = {name.removeprefix(prefix): scheme for name, scheme in self.schemes.items() if name.startswith(prefix)}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
-    def _save(self, files: BlockFiles, report: BlockReport, finished: Finished) -> BlockReport:
+    def _save(self, files: Blocks, report: BlockReport, finished: Finished) -> BlockReport:
         layers, tensors = finished
         prefix = f"{self.path}.{report.index}"
         encoded = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
         for name, layer in layers.items():
             encoded |= {f"{prefix}.{name}.{local}": tensor for local, tensor in self.format.encode(layer).items()}
         files.save(report.index, encoded, asdict(report))
-        self._tell(report)
+        tell_block(self.reporter, report)
         return report
 
-    def _read(self, files: BlockFiles, index: int) -> Finished:
+    def _read(self, files: Blocks, index: int) -> Finished:
         """A finished block's quantized layers and other tensors, by local name, as ``finish_`` gave them."""
         prefix = f"{self.path}.{index}."
         tensors = {name.removeprefix(prefix): tensor for name, tensor in files.read(index).items()}
@@ -307,7 +312,7 @@ class _Run:
             layers[name] = self.format.decode(encoded, scheme)
         return layers, tensors
 
-    def _replay_block(self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams) -> None:
+    def _replay_block(self, files: Blocks, index: int, call: BlockCall, train: Streams, val: Streams) -> None:
         """Takes the streams through a finished block."""
         layer = self._load(index)
         for split in (train, val):
@@ -317,14 +322,14 @@ class _Run:
             advance_(split.quantized, layer, call, self.dtype)
         unload_(layer)
 
-    def _round_block(self, files: BlockFiles, index: int) -> BlockReport:
+    def _round_block(self, files: Blocks, index: int) -> BlockReport:
         started = time.perf_counter()
         self._load(index)
         finished = self._trainable(index).finish_()
         unload_(self.layers[index])
         return self._save(files, self._report(index, None, [], [], started), finished)
 
-    def _train_block(self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams) -> BlockReport:
+    def _train_block(self, files: Blocks, index: int, call: BlockCall, train: Streams, val: Streams) -> BlockReport:
         started = time.perf_counter()
         settings = self.settings
         torch.manual_seed(settings.seed + index)  # the same numbers whether earlier blocks were trained or replayed
@@ -336,6 +341,7 @@ class _Run:
         advance_(val.full, layer, call, self.dtype)
         if not self._block_schemes(index):
             return self._pass_block(files, index, call, train, val, started)
+        seen = tokens_of_all(seen)
         report_experts(self.reporter, index, seen, settings.min_expert_tokens)
         block = self._trainable(index, starved_linears(layer, seen, settings.min_expert_tokens))
         start_val_loss = validate(block, call, val, self.dtype)
@@ -354,6 +360,7 @@ class _Run:
                 raise TrainingDivergedError(
                     f"block {index} ({self.path}.{index}): {exc}; {kept}; lower the learning rates"
                 ) from exc
+        check_same(dict(layer.named_parameters()), f"block {index} ({self.path}.{index})")
         finished = block.finish_()
         if index + 1 < len(self.layers):
             for split in (train, val):
@@ -363,7 +370,7 @@ class _Run:
         return self._save(files, report, finished)
 
     def _pass_block(
-        self, files: BlockFiles, index: int, call: BlockCall, train: Streams, val: Streams, started: float
+        self, files: Blocks, index: int, call: BlockCall, train: Streams, val: Streams, started: float
     ) -> BlockReport:
         """A block that stays as it is; the full-precision stream has gone through it already."""
         for split in (train, val):
@@ -379,22 +386,12 @@ class _Run:
         val_losses: list[float | None],
         started: float,
     ) -> BlockReport:
+        peak = peak_memory(self.device)
         return BlockReport(
             index,
             start_val_loss,
             tuple(train_losses),
             tuple(val_losses),
             time.perf_counter() - started,
-            peak_memory(self.device),
-        )
-
-    def _tell(self, report: BlockReport) -> None:
-        self.reporter.event(
-            "block",
-            index=report.index,
-            start_val_loss=report.start_val_loss,
-            train_loss=report.train_losses[-1] if report.train_losses else None,
-            val_loss=report.val_losses[-1] if report.val_losses else None,
-            seconds=report.seconds,
-            peak_memory=report.peak_memory,
+            largest(peak) if self.settings.epochs else peak,  # rank 0 rounds alone
         )

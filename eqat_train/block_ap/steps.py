@@ -20,6 +20,7 @@ from formats.errors import InputError
 from ..error_text import first_line
 from ..models.experts import Experts
 from ..ops.fake_quant_adamw import AdamW, Moments, fake_quant_adamw_, schedule_row
+from ..ranks.gradients import gradient_mean
 from .capture import BlockCall
 from .differentiation import Differentiation
 from .passes import autocast, reconstruction_loss
@@ -74,7 +75,7 @@ def block_steps(
     if not settings.fuses_steps():
         return AutogradSteps(block, call, settings, total, example.device)
     steps = FusedSteps(block, call, settings, total, example.device)
-    if any(isinstance(module, Experts) for module in block.block.modules()):
+    if has_experts(block):
         if settings.execution in ("graph", "compile"):
             raise InputError(
                 f"execution is {settings.execution}, but each expert of this mixture gets other tokens in every step, "
@@ -104,6 +105,7 @@ class AutogradSteps:
         self._dtype = settings.resolved_compute_dtype()
         self._optimizer = _optimizer(block, settings)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype == torch.float16)
+        self._mean = gradient_mean(self.trained(), sparse=has_experts(block))
         self._step = 0
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
@@ -113,6 +115,8 @@ class AutogradSteps:
             output = self._block(self._call, hidden_states)
         loss = reconstruction_loss(output, target)
         self._scaler.scale(loss).backward()
+        if self._mean is not None:
+            self._mean.finish()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -124,7 +128,13 @@ class AutogradSteps:
             yield from group["params"]
 
     def close(self) -> None:
-        pass
+        if self._mean is not None:
+            self._mean.close()
+
+
+def has_experts(block: TrainableBlock) -> bool:
+    """Whether it depends on the tokens which of the block's linears a step uses."""
+    return any(isinstance(module, Experts) for module in block.block.modules())
 
 
 def _optimizer(block: TrainableBlock, settings: BlockApSettings) -> torch.optim.AdamW:
@@ -178,9 +188,12 @@ class FusedSteps:
                 capturable=device.type == "cuda",
             )
         self.differentiate = Differentiation(block, call, settings)
+        self._mean = gradient_mean(block.leaves(), sparse=has_experts(block))
 
     def __call__(self, hidden_states: Tensor, target: Tensor) -> Tensor:
         loss = self.differentiate(hidden_states, target)
+        if self._mean is not None:
+            self._mean.finish()
         for name, linear in self._block.linears.items():
             dequantized = linear.dequantized
             if dequantized is None or dequantized.grad is None:
@@ -217,6 +230,8 @@ class FusedSteps:
             yield from self._block.others.values()
 
     def close(self) -> None:
+        if self._mean is not None:
+            self._mean.close()
         for linear in self._block.linears.values():
             linear.dequantized = None
 
@@ -260,6 +275,7 @@ class GraphedSteps:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            # every rank fails here or none: a reduction in a graph needs the other ranks' graphs
             text = f"the block's step cannot be a CUDA graph ({first_line(error)})"
             if self._message is None:
                 raise InputError(f"{text}; use execution auto or eager") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from formats.errors import TrainingDivergedError
 
+from ..ranks.group import mean
 from ..reporting.progress import Task
 from .batches import batches
 from .capture import BlockCall
@@ -31,7 +32,7 @@ CHECK_EVERY = 50  # steps between looks at the losses on CUDA
 
 
 class _Losses:
-    """Losses of one epoch, kept on the device and checked from time to time."""
+    """Losses of one epoch, over all ranks, kept on the device and checked from time to time."""
 
     def __init__(self, steps: int, epoch: int, device: torch.device, settings: BlockApSettings, task: Task) -> None:
         self._values = torch.zeros(steps, device=device)
@@ -45,7 +46,7 @@ class _Losses:
             self._look(step + 1)
 
     def _look(self, done: int) -> None:
-        recent = self._values[self._checked : done].tolist()
+        recent = mean(self._values[self._checked : done]).tolist()
         for offset, value in enumerate(recent):
             if not math.isfinite(value):
                 raise _diverged(value, f"epoch {self._epoch}, step {self._checked + offset}", self._settings)

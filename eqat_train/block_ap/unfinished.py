@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
-from .block_files import BlockFiles
+from .block_files import Blocks
 from .settings import BlockApReport, BlockApSettings, BlockReport
 
 __all__ = ["block_ap_identity", "block_report", "going_on", "report_from"]
@@ -36,7 +36,7 @@ def block_report(values: dict[str, Any]) -> BlockReport:
     return BlockReport(**{**values, **losses})
 
 
-def going_on(done: int, count: int, files: BlockFiles) -> str:
+def going_on(done: int, count: int, files: Blocks) -> str:
     """What to say of a run that goes on."""
     text = f"going on with an unfinished run: {done} of {count} blocks are finished in {files.folder}"
     if files.damaged is None:

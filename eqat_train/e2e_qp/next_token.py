@@ -24,7 +24,12 @@ __all__ = ["accumulate_gradients", "mean_loss"]
 
 
 def accumulate_gradients(
-    model: PreTrainedModel, windows: TokenWindows, micro_batch_size: int, device: torch.device
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    micro_batch_size: int,
+    device: torch.device,
+    *,
+    targets: int | None = None,
 ) -> Tensor:
     """Adds the gradient of the windows' mean loss to the parameters' ``grad``.
 
@@ -33,11 +38,12 @@ def accumulate_gradients(
         windows: one optimizer step's batch, on the CPU.
         micro_batch_size: windows a forward and backward pass.
         device: where the model is.
+        targets: target tokens that the loss is a mean over, where these windows are a part of the batch.
 
     Returns:
         The mean loss over the batch's target tokens: a scalar on ``device``.
     """
-    targets = windows.loss_tokens
+    targets = windows.loss_tokens if targets is None else targets
     total = torch.zeros((), device=device)
     for ids, labels in _on_device(windows, micro_batch_size, device):
         loss = _summed_loss(model, ids, labels, 1 / targets)
@@ -47,12 +53,19 @@ def accumulate_gradients(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, windows: TokenWindows, micro_batch_size: int, device: torch.device) -> Tensor:
-    """Mean loss over all target tokens of the windows: a float64 scalar on ``device``."""
+def mean_loss(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    micro_batch_size: int,
+    device: torch.device,
+    *,
+    targets: int | None = None,
+) -> Tensor:
+    """Mean loss over all target tokens of the windows, or their part of it: a float64 scalar on ``device``."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for ids, labels in _on_device(windows, micro_batch_size, device):
         total += _summed_loss(model, ids, labels, 1.0)
-    return total / windows.loss_tokens
+    return total / (windows.loss_tokens if targets is None else targets)
 
 
 def _on_device(windows: TokenWindows, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,19 +19,22 @@ import torch
 
 from formats.checkpoint import CheckpointWriter
 from formats.errors import InputError
-from formats.model import open_checkpoint
+from formats.model import Checkpoint, open_checkpoint
 
 from ..data import NO_LOSS, TokenWindows
 from ..hardware import peak_memory
+from ..ranks.group import current, largest
+from ..ranks.orders import give_order
 from ..reporting.progress import Reporter
 from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
 from ..resume.stage import StageRecord
 from .packed_model import load_packed_model, write_trained
 from .settings import E2eReport, E2eSettings
+from .shares import check_batch
 from .state import E2eState
 from .trainer import Trainer
 
-__all__ = ["E2eReport", "E2eSettings", "run_e2e_qp"]
+__all__ = ["E2eReport", "E2eSettings", "e2e_identity", "run_e2e_qp", "train_scales"]
 
 
 def run_e2e_qp(
@@ -73,24 +76,19 @@ def run_e2e_qp(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     work_dir.mkdir(parents=True, exist_ok=True)
-    identity = _identity(checkpoint, data, val, settings)
+    identity = e2e_identity(checkpoint, data, val, settings)
     record = StageRecord(work_dir / "e2e-qp.written.json", identity)
     if (written := record.written(out)) is not None:
         reporter.message(f"E2E-QP's checkpoint is finished: {out}")
         return E2eReport(**{**written, "losses": tuple(written["losses"]), "grad_norms": tuple(written["grad_norms"])})
     with open_checkpoint(checkpoint) as source, CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
-        packed = load_packed_model(
-            source,
-            scale_dtype=settings.scale_dtype,
-            compute_dtype=settings.resolved_compute_dtype(),
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-        _check_token_ids(packed.vocabulary, data, val)
         state = E2eState(work_dir / "e2e-qp", identity)
-        trainer = Trainer(packed, settings, data.seq_len, reporter, state)
-        trainer.train(data, val)
-        after = None if val is None else trainer.validate(val, "after")
+        if current() is not None:
+            windows = tensor_fingerprint(data.input_ids, data.labels)
+            places = {"checkpoint": str(checkpoint.absolute()), "state": str(state.folder.absolute())}
+            give_order("e2e-qp", windows=windows, **places)
+        trainer, after, peak = train_scales(source, data, val, settings, state, reporter, trust_remote_code)
+        packed = trainer.packed
         report = E2eReport(
             losses=tuple(trainer.losses),
             grad_norms=tuple(trainer.grad_norms),
@@ -100,7 +98,7 @@ def run_e2e_qp(
             scales=sum(scale.numel() for scale in packed.scales),
             tokens=data.input_ids.numel() * settings.epochs,
             seconds=time.perf_counter() - start,
-            peak_memory=peak_memory(device),
+            peak_memory=peak,
             memory=trainer.memory(),
         )
         if report.memory:
@@ -112,7 +110,38 @@ def run_e2e_qp(
     return report
 
 
-def _identity(checkpoint: Path, data: TokenWindows, val: TokenWindows | None, settings: E2eSettings) -> dict[str, Any]:
+def train_scales(
+    source: Checkpoint,
+    data: TokenWindows,
+    val: TokenWindows | None,
+    settings: E2eSettings,
+    state: E2eState,
+    reporter: Reporter,
+    trust_remote_code: bool,
+) -> tuple[Trainer, float | None, int]:
+    """What every rank does: loads the model, trains its scales and measures.
+
+    Returns:
+        The trainer with the trained model, the validation loss, and the largest peak memory of a rank.
+    """
+    check_batch(settings.batch_size)
+    packed = load_packed_model(
+        source,
+        scale_dtype=settings.scale_dtype,
+        compute_dtype=settings.resolved_compute_dtype(),
+        device=settings.resolved_device(),
+        trust_remote_code=trust_remote_code,
+    )
+    _check_token_ids(packed.vocabulary, data, val)
+    trainer = Trainer(packed, settings, data.seq_len, reporter, state)
+    trainer.train(data, val)
+    after = None if val is None else trainer.validate(val, "after")
+    return trainer, after, largest(peak_memory(settings.resolved_device()))
+
+
+def e2e_identity(
+    checkpoint: Path, data: TokenWindows, val: TokenWindows | None, settings: E2eSettings
+) -> dict[str, Any]:
     """What the trained scales depend on."""
     return {
         "settings": settings_identity(settings, without=("device", "compute_dtype"))

@@ -21,6 +21,9 @@ from torch import Tensor
 from formats.errors import InputError, TrainingDivergedError
 
 from ..data import TokenWindows
+from ..models.experts import Experts
+from ..ranks.divergence import check_same
+from ..ranks.group import largest, rank, size, total
 from ..reporting.progress import Reporter
 from ..resume.stopping import StopAfterStep
 from .fused_modules import fused_modules
@@ -28,6 +31,7 @@ from .next_token import accumulate_gradients, mean_loss
 from .packed_model import PackedModel
 from .recompute import least_memory, most_memory, plan_recomputing, recomputed_in_backward
 from .settings import E2eSettings
+from .shares import check_same_progress, own_windows, sum_step_
 from .state import DamagedStateError, E2eProgress, E2eState
 
 __all__ = ["Trainer", "learning_rate_factor"]
@@ -60,15 +64,15 @@ class _Step:
 
     number: int
     lr: float
-    values: Tensor  # [2]
+    values: Tensor  # [2], and of several ranks how many have been told to stop
     arrived: torch.cuda.Event | None
 
-    def read(self) -> tuple[float, float]:
-        """Waits for the values."""
+    def read(self) -> tuple[float, float, bool]:
+        """Waits for the values: loss, gradient norm, and whether a rank has been told to stop."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, norm = self.values.tolist()
-        return loss, norm
+        loss, norm, *stopping = self.values.tolist()
+        return loss, norm, any(stopping)
 
 
 class Trainer:
@@ -88,12 +92,15 @@ class Trainer:
         self.device = settings.resolved_device()
         self.lr = settings.resolved_lr(max(linear.bits for linear in packed.linears.values()))
         self._budget = self._activation_budget()
-        self.micro_batch_size = settings.micro_batch_size or self._fitting_micro_batch_size(seq_len)
+        fitting = settings.micro_batch_size or self._fitting_micro_batch_size(seq_len)
+        self.micro_batch_size = -largest(-min(fitting, settings.batch_size // size()))
         self.kept = self._plan(self.micro_batch_size * seq_len)
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
         self.val_loss_before: float | None = None
         self._saved = time.monotonic()
+        self._stop, self._stops_together = StopAfterStep(), False
+        self._sparse = any(isinstance(module, Experts) for module in packed.model.modules())
 
     def train(self, data: TokenWindows, val: TokenWindows | None) -> None:
         """All epochs, each in an order of its own, from where an earlier run stopped."""
@@ -108,7 +115,7 @@ class Trainer:
             self._kernels(),
             recomputed_in_backward(self.packed.layers, self.kept),
             self.reporter.task("E2E-QP", steps) as task,
-            StopAfterStep() as stop,
+            StopAfterStep() as self._stop,
         ):
             done = len(self.losses)
             task.update(done)
@@ -123,11 +130,13 @@ class Trainer:
                 lr = self.lr * learning_rate_factor(number, steps, settings.warmup_ratio)
                 running.append(self._step(optimizer, data.take(rows), number, lr))
                 finish(unread=1 if self.device.type == "cuda" else 0)
-                if stop.requested or time.monotonic() - self._saved >= SAVE_SECONDS:
+                together = self._stops_together if size() > 1 else None
+                if together or (together is None and self._stop.requested) or self._save_is_due():
                     finish(unread=0)
                     self._save(optimizer)
-                stop.check()
+                self._stop.check(together)
             finish(unread=0)
+        check_same({name: linear.scales for name, linear in self.packed.linears.items()}, "E2E-QP's scales")
         if not all(bool(linear.stored_scales().isfinite().all()) for linear in self.packed.linears.values()):
             _diverged("a scale is not finite", f"step {steps}, peak lr {self.lr:g}")
 
@@ -142,7 +151,8 @@ class Trainer:
             progress = self.state.load(self.packed.scales, optimizer)
         except DamagedStateError as damage:
             self.reporter.message(f"{damage}; E2E-QP starts again from its checkpoint")
-            return False
+            progress = None
+        check_same_progress(0 if progress is None else len(progress.losses))
         if progress is None:
             return False
         self.losses, self.grad_norms = list(progress.losses), list(progress.grad_norms)
@@ -150,7 +160,12 @@ class Trainer:
         self.reporter.message(f"going on with an unfinished E2E-QP: {len(self.losses)} of {steps} steps are done")
         return True
 
+    def _save_is_due(self) -> bool:
+        return rank() == 0 and time.monotonic() - self._saved >= SAVE_SECONDS
+
     def _save(self, optimizer: torch.optim.AdamW) -> None:
+        if rank():
+            return
         progress = E2eProgress(tuple(self.losses), tuple(self.grad_norms), self.val_loss_before)
         self.state.save(self.packed.scales, optimizer, progress)
         self._saved = time.monotonic()
@@ -158,7 +173,10 @@ class Trainer:
     def validate(self, windows: TokenWindows, when: str) -> float:
         """Mean loss over the windows' target tokens."""
         with self._kernels():
-            loss = mean_loss(self.packed.model, windows, self.micro_batch_size, self.device).item()
+            own = own_windows(windows)
+            loss = total(
+                mean_loss(self.packed.model, own, self.micro_batch_size, self.device, targets=windows.loss_tokens)
+            ).item()
         if not math.isfinite(loss):
             if not self.losses:
                 raise InputError(
@@ -182,13 +200,17 @@ class Trainer:
         return {"packed_weights": packed, "scales": scales, "training": 3 * scales, "dense": dense}
 
     def _step(self, optimizer: torch.optim.Optimizer, batch: TokenWindows, number: int, lr: float) -> _Step:
-        loss = accumulate_gradients(self.packed.model, batch, self.micro_batch_size, self.device)
+        own, targets = own_windows(batch), batch.loss_tokens
+        loss = accumulate_gradients(self.packed.model, own, self.micro_batch_size, self.device, targets=targets)
+        figures = []
+        if size() > 1:
+            loss, *figures = sum_step_(self.packed.scales, loss, self._stop.requested, sparse=self._sparse)
         norm = torch.nn.utils.clip_grad_norm_(self.packed.scales, self.settings.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        values, arrived = torch.stack([loss, norm]), None
+        values, arrived = torch.stack([loss, norm, *figures]), None
         if self.device.type == "cuda":
             values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
@@ -196,7 +218,8 @@ class Trainer:
         return _Step(number, lr, values, arrived)
 
     def _finish(self, step: _Step, steps: int) -> float:
-        loss, norm = step.read()
+        loss, norm, stopping = step.read()
+        self._stops_together = self._stops_together or stopping
         if not (math.isfinite(loss) and math.isfinite(norm)):
             _diverged(f"loss {loss}, gradient norm {norm}", f"step {step.number + 1} of {steps}, lr {step.lr:g}")
         self.losses.append(loss)

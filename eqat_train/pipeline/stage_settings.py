@@ -9,6 +9,7 @@ from formats.types import QuantScheme
 
 from ..block_ap.run import BlockApSettings
 from ..e2e_qp.run import E2eSettings
+from ..e2e_qp.shares import check_batch
 from ..hardware import DTYPES, resolve_device, resolve_dtype
 from ..options import TrainConfig
 
@@ -73,6 +74,7 @@ def e2e_settings(config: TrainConfig) -> E2eSettings:
     """
     if config.scale_dtype is None:
         raise ValueError("the configuration is not resolved")
+    check_batch(config.e2e_batch)
     device, dtype = compute_target(config)
     return E2eSettings(
         epochs=config.e2e_epochs,

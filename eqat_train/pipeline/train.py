@@ -25,6 +25,8 @@ from ..config import save_config
 from ..e2e_qp.run import run_e2e_qp
 from ..models.loading import load_tokenizer
 from ..options import TrainConfig
+from ..ranks.group import current
+from ..ranks.orders import wait_for_all
 from ..reporting.progress import Reporter
 from ..reporting.reporters import CompositeReporter, EventRecorder, LogFileReporter, StageReporter
 from ..resume.identity import tensor_fingerprint
@@ -62,6 +64,8 @@ def train(config: TrainConfig, reporter: Reporter) -> TrainResult:
         TrainingDivergedError: a loss became NaN or infinite.
     """
     plan = make_plan(config)
+    wait_for_all()  # the others plan now, with what a model hub has put on disk
+    wait_for_all()
     with WorkFolder(plan.work, restart=plan.config.restart) as work:
         try:
             return _Run(plan, work, reporter).run()
@@ -91,6 +95,8 @@ class _Run:
         self.files = CompositeReporter(LogFileReporter(work.path / LOG_FILE), self.recorder)
         self.reporter = reporter = CompositeReporter(shown, self.files)
         self.device, dtype = compute_target(self.config)
+        if (ranks := current()) is not None:
+            reporter.message(f"{ranks.size} ranks train together ({ranks.backend}); rank 0 measures and writes")
         for note in plan.notes:
             reporter.message(note)
         reporter.event("start", **asdict(plan.saved))

@@ -42,9 +42,15 @@ class StopAfterStep:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def check(self) -> None:
-        """Does what the noted signal would have done, if there is one."""
-        if self._received is not None:
+    def check(self, together: bool | None = None) -> None:
+        """Does what the noted signal would have done, if there is one.
+
+        Args:
+            together: whether the ranks have agreed to stop now; None for a process alone, which stops by itself.
+        """
+        if together:
+            self._received = self._received or signal.SIGINT
+        if self._received is not None and together is not False:
             self._before[self._received](self._received, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

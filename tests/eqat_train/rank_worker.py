@@ -1,0 +1,120 @@
+"""What each of two ranks does for ``test_ranks.py``: several runs in one process group, and its end.
+
+    torchrun --nproc-per-node 2 rank_worker.py SETTINGS_JSON
+
+Works in the current folder. Each rank leaves ``rank0.json`` or ``rank1.json`` with what it saw: the hidden states it
+held, what was said, and how the runs that cannot succeed ended. Rank 1 ends all by killing itself in a fifth run.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eqat_train.block_ap import run as block_ap_run
+from eqat_train.block_ap.activations import ActivationStore
+from eqat_train.config import TrainConfig, build_config
+from eqat_train.e2e_qp.trainer import Trainer
+from eqat_train.pipeline.following import follow
+from eqat_train.pipeline.train import train
+from eqat_train.ranks.divergence import RanksDifferError
+from eqat_train.ranks.group import rank
+from eqat_train.ranks.orders import give_order
+from eqat_train.ranks.together import RankLostError, run_together
+from eqat_train.reporting.progress import Reporter
+
+seen: dict[str, Any] = {"samples": [], "said": [], "ended": {}}
+
+
+class Listener(Reporter):
+    def message(self, text: str) -> None:
+        seen["said"].append(text)
+
+
+@contextmanager
+def changed(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, a function is another one on rank 1."""
+    before = getattr(owner, name)
+    if rank():
+        setattr(owner, name, make(before))
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def interrupted_in_the_second_step(step: Any) -> Any:
+    def wrapper(trainer: Trainer, *args: Any) -> Any:
+        if len(trainer.losses) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *args)
+
+    return wrapper
+
+
+def with_a_flipped_bit(train_block: Any) -> Any:
+    def wrapper(block: Any, *args: Any) -> Any:
+        losses = train_block(block, *args)
+        with torch.no_grad():
+            next(iter(block.linears.values())).weight.view(torch.int32)[3, 5] ^= 1
+        return losses
+
+    return wrapper
+
+
+def killed(train_block: Any) -> Any:
+    def wrapper(*args: Any) -> Any:
+        Path("rank1.json").write_text(json.dumps(seen))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return wrapper
+
+
+def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
+    def ends(name: str, out: str) -> None:
+        try:
+            run(build_config(settings | {"out": out}))
+            seen["ended"][name] = "good"
+        except (KeyboardInterrupt, RanksDifferError) as error:
+            seen["ended"][name] = f"{type(error).__name__}: {error}"
+
+    make = ActivationStore.__init__
+
+    def noted(store: ActivationStore, shape: Any, *args: Any) -> None:
+        seen["samples"].append(shape[0])
+        make(store, shape, *args)
+
+    ActivationStore.__init__ = noted  # type: ignore[method-assign]
+    ends("whole", "whole")
+    ActivationStore.__init__ = make  # type: ignore[method-assign]
+    ends("resumed", "resumed")
+    with changed(Trainer, "_step", interrupted_in_the_second_step):
+        ends("stopped", "stopped")
+    ends("gone on", "stopped")
+    with changed(block_ap_run, "train_block", with_a_flipped_bit):
+        ends("flipped", "flipped")
+    with changed(block_ap_run, "train_block", killed):
+        ends("killed", "killed")
+
+
+def lead(config: TrainConfig) -> None:
+    train(config, Listener())
+    give_order("end")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the lost connection is noticed
+    given = json.loads(sys.argv[1])
+    try:
+        run_together("cpu", lambda: work(lead, given), lambda: work(follow, given))
+    except RankLostError as error:
+        seen["ended"]["killed"] = str(error)
+        Path("rank0.json").write_text(json.dumps(seen))
+        sys.exit(2)
