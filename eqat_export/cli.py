@@ -90,6 +90,15 @@ def export(
     ] = None,
     source_format: SourceFormat = None,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest file, e.g. 500MB or 5GB.")] = "5GB",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Processes that encode and write; without it, 1 for small models and a core each for large ones.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -104,6 +113,7 @@ def export(
         source_format=source_format,
         options=set_aside(context),
         shard_size=shard_size,
+        workers=workers,
         force=force,
         as_json=as_json,
         quiet=quiet,

@@ -39,6 +39,7 @@ def export_command(
     source_format: str | None,
     options: Sequence[tuple[str, str | None]],
     shard_size: str,
+    workers: int | None,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -70,6 +71,7 @@ def export_command(
             options=chosen,
             shard_size=size,
             force=force,
+            workers=workers,
             start=start,
         )
     found_again = _remember(conversion.out, checkpoint, to)

@@ -1,29 +1,34 @@
 """Conversion of a quantized checkpoint to another format, layer by layer.
 
-Every layer goes source bytes -> canonical layer -> target bytes, so nothing is ever re-quantized. As many layers as
-torch may use threads are encoded at a time, and written in their order; peak memory is bounded by a budget, or the
-largest layer, whatever the model's size. Codes stay packed where both sides store the same bit stream. All
-layers are checked against the target from metadata alone before anything is written. Tensors that belong to no
-quantized layer keep their bytes and dtype unless the format says otherwise (``dense`` is one dtype throughout).
+Every layer goes source bytes -> canonical layer -> target bytes, so nothing is ever re-quantized. Several layers are
+encoded at a time, by threads of this process or by worker processes (``parallel``), and placed in their order; peak
+memory is bounded by a budget, or the largest layer, whatever the model's size. Codes stay packed where both sides store
+the same bit stream. All layers are checked against the target from metadata alone before anything is written. Tensors
+that belong to no quantized layer keep their bytes and dtype unless the format says otherwise (``dense`` is one dtype
+throughout).
 """
 
 from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eqat_export.encoding import EncodedPart, encode_part, layer_memory, passed_through
+from eqat_export.encoding import EncodedPart, PartReport, copy_tensor, encode_part, passed_through
+from eqat_export.parallel.plan import Crew, choose_crew, plan_tasks
+from eqat_export.parallel.processes import Processes
+from eqat_export.parallel.schedule import Task, spread
 from eqat_export.rounding import Rounding
 from eqat_export.workers import Job, in_order
 from formats import available_formats, get_format
+from formats.atomic_output import writing
 from formats.base import Exactness, Format
-from formats.container import Choice, ModelWriter
+from formats.container import Choice, ModelWriter, PlacingWriter
 from formats.errors import EqatError, InputError, UnsupportedSchemeError
 from formats.model import Checkpoint, open_checkpoint
 from formats.model_writer import create_model
@@ -64,7 +69,7 @@ class Conversion:
     choices: tuple[Choice, ...] = ()
     exact_option: str | None = None
 
-    def add(self, part: EncodedPart) -> None:
+    def add(self, part: PartReport) -> None:
         """Takes a part that was written into account."""
         self.rounded.merge(part.rounded)
         self.read.merge(part.read)
@@ -110,6 +115,7 @@ def convert(
     options: Mapping[str, str] | None = None,
     shard_size: int = 5 * 10**9,
     force: bool = False,
+    workers: int | None = None,
     start: Callable[[int], Callable[[str], None]] = lambda total: lambda name: None,
 ) -> Conversion:
     """Writes the checkpoint ``source`` to ``out`` in another format.
@@ -122,6 +128,7 @@ def convert(
         options: what the target format's constructor takes (``Format.options``).
         shard_size: bytes of a file.
         force: replace an existing checkpoint at ``out``.
+        workers: processes that encode and write; 1 is this one alone, None decides by cores and size.
         start: called with the number of tensors to write; returns what is called with each layer's name when done.
 
     Raises:
@@ -140,10 +147,24 @@ def convert(
         except UnsupportedSchemeError as error:
             raise _with_ways_out(error, checkpoint, out) from error
         result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
-        with writer, closing(in_order(_jobs(checkpoint, form))) as parts:
+        tasks = plan_tasks(checkpoint, form, writer)
+        crew = choose_crew(workers, checkpoint, tasks, writer)
+        if crew.workers > 1 and isinstance(writer, PlacingWriter):
+            settings = {
+                "source": str(source.resolve()),
+                "source_format": source_format,
+                "target": target,
+                "options": dict(options or {}),
+                "out": str(out),
+                "keep_memory": crew.keep_memory,
+                "durable": False,
+            }
+            parts = _spread(tasks, crew, settings, writer)
+        else:
+            parts = _alone(tasks, checkpoint, form, writer, out)
+        with writer, closing(parts):
             step = start(len(checkpoint.layer_names))
             for part in parts:
-                write_part(writer, part)
                 result.add(part)
                 if part.exactness is not None:
                     step(part.name)
@@ -192,12 +213,33 @@ def _holds_all(checkpoint: Checkpoint, form: Format, out: Path) -> bool:
     return True
 
 
-def _jobs(checkpoint: Checkpoint, form: Format) -> Iterator[Job[EncodedPart]]:
-    """Every layer, then every other tensor, in file order."""
-    for name in checkpoint.layer_names:
-        yield Job(partial(encode_part, checkpoint, form, name), layer_memory(checkpoint, form, name))
-    for name in checkpoint.passthrough_names:
-        yield Job(partial(passed_through, checkpoint, form, name), 2 * checkpoint.reader.tensors[name].nbytes)
+def _alone(
+    tasks: Sequence[Task], checkpoint: Checkpoint, form: Format, writer: ModelWriter, out: Path
+) -> Generator[PartReport, None, None]:
+    """Does everything in this process."""
+    with closing(in_order(Job(_work(task, checkpoint, form), task.memory) for task in tasks)) as parts:
+        for task, part in zip(tasks, parts, strict=True):
+            if task.unchanged is None:
+                write_part(writer, part)
+            elif isinstance(writer, PlacingWriter):
+                place = writer.reserve(task.unchanged)
+                with writing(out), place.path.open("r+b") as file:
+                    copy_tensor(checkpoint, task.name, file.fileno(), place.offset, out)
+            yield part
+
+
+def _spread(
+    tasks: Sequence[Task], crew: Crew, settings: Mapping[str, Any], writer: PlacingWriter
+) -> Generator[PartReport, None, None]:
+    """Has everything done by worker processes."""
+    with Processes(crew.workers, dict(settings)) as team:
+        yield from spread(tasks, team, writer.reserve, crew.memory)
+
+
+def _work(task: Task, checkpoint: Checkpoint, form: Format) -> Callable[[], EncodedPart]:
+    if task.unchanged is not None:
+        return partial(EncodedPart, task.name, nbytes=task.unchanged.nbytes)
+    return partial(encode_part if task.kind == "layer" else passed_through, checkpoint, form, task.name)
 
 
 def write_part(writer: ModelWriter, part: EncodedPart) -> None:

@@ -8,21 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eqat_export.rounding import Rounding
 from formats.affine import dequantize
+from formats.atomic_output import writing
 from formats.base import EncodedLayer, Exactness, Format, PackedFormat
+from formats.checkpoint_reader import CheckpointReader
 from formats.dense import DenseFormat
 from formats.errors import CheckpointError
 from formats.model import Checkpoint
 from formats.model_writer import encode_layer
 from formats.packed import PackedLinear
+from formats.pieces import Piece, Pieces, write_bytes
 from formats.types import QuantizedLinear
+from formats.writeback import Writeback
 
-__all__ = ["EncodedPart", "encode_part", "layer_memory", "passed_through"]
+__all__ = ["EncodedPart", "PartReport", "copy_tensor", "encode_part", "layer_memory", "passed_through"]
 
 # Upper estimates of what a weight takes while its layer is being encoded: packed, its words before and after; unpacked,
 # a byte a code and what becomes of it besides.
@@ -30,31 +35,48 @@ _PACKED_BYTES, _UNPACKED_BYTES = 2, 6
 
 
 @dataclass
-class EncodedPart:
-    """A layer or a tensor as it will be written.
+class PartReport:
+    """What writing a layer or a tensor did.
 
     Attributes:
         name: the layer's module path, or the tensor's full name.
-        tensors: local names for a layer in the target format; full names otherwise.
         exactness: of a layer; None for a tensor of no quantized layer.
         in_format: True for a layer in the target format, False for ordinary weights.
         weights: parameters of a layer in the target format.
+        nbytes: bytes of its tensors.
         rounded, read, casts: as in Conversion.
     """
 
     name: str
-    tensors: Mapping[str, Tensor]
     exactness: Exactness | None = None
     in_format: bool = False
     weights: int = 0
+    nbytes: int = 0
     rounded: Rounding = field(default_factory=Rounding)
     read: Rounding = field(default_factory=Rounding)
     casts: Rounding = field(default_factory=Rounding)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+@dataclass
+class EncodedPart(PartReport):
+    """A layer or a tensor as it will be written.
+
+    Attributes:
+        tensors: local names for a layer in the target format; full names otherwise.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def measured(self) -> EncodedPart:
+        """With the bytes that its tensors take."""
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return self
+
+    def pieces(self, pieces: Pieces) -> list[Piece]:
+        """As a container stores it."""
+        if self.in_format:
+            return pieces.of_layer(self.name, self.tensors)
+        return [piece for name, tensor in self.tensors.items() for piece in pieces.of_tensor(name, tensor)]
 
 
 def layer_memory(checkpoint: Checkpoint, form: Format, name: str) -> int:
@@ -77,7 +99,7 @@ def encode_part(checkpoint: Checkpoint, form: Format, name: str) -> EncodedPart:
     if not isinstance(form, PackedFormat) and not form.takes_packed:
         layer = layer.unpack()  # once, for encoding and for measuring
     stored = encode_layer(form, name, layer)
-    part = EncodedPart(name, stored, in_format=in_format)
+    part = EncodedPart(name, in_format=in_format, tensors=stored)
     if checkpoint.format is not None and checkpoint.format.rounds_zeros:
         _measure_reading(checkpoint, checkpoint.format, name, layer, part.read)
     if layer.bias is not None and "bias" in stored:
@@ -87,7 +109,7 @@ def encode_part(checkpoint: Checkpoint, form: Format, name: str) -> EncodedPart:
         part.weights = layer.out_features * layer.in_features
     else:
         part.tensors = {f"{name}.{local}": tensor for local, tensor in stored.items()}
-    return part
+    return part.measured()
 
 
 def passed_through(checkpoint: Checkpoint, form: Format, name: str) -> EncodedPart:
@@ -98,10 +120,32 @@ def passed_through(checkpoint: Checkpoint, form: Format, name: str) -> EncodedPa
     """
     tensor, dtype = checkpoint.get(name), form.passthrough_dtype()
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
-        return EncodedPart(name, {name: tensor})
-    part = EncodedPart(name, {name: tensor.to(dtype)})
+        return EncodedPart(name, tensors={name: tensor}).measured()
+    part = EncodedPart(name, tensors={name: tensor.to(dtype)})
     part.casts.add_cast(name, tensor, part.tensors[name])
-    return part
+    return part.measured()
+
+
+def copy_tensor(checkpoint: Checkpoint, name: str, file: int, offset: int, out: Path) -> None:
+    """Copies a tensor's bytes as they are, a few at a time.
+
+    Args:
+        checkpoint: a folder of safetensors files.
+        name: the tensor's full name.
+        file: descriptor, open for writing.
+        offset: where its bytes begin there.
+        out: the output, for messages.
+
+    Raises:
+        CheckpointError: it cannot be read or written.
+    """
+    if not isinstance(checkpoint.reader, CheckpointReader):
+        raise CheckpointError(f"{checkpoint.reader.folder} is no folder of safetensors files")
+    writeback = Writeback(file)
+    for start, part in checkpoint.reader.chunks(name):
+        with writing(out):
+            write_bytes(file, offset + start, part)
+        writeback.begin(offset + start, len(part))
 
 
 def _measure_reading(

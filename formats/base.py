@@ -33,6 +33,7 @@ from .affine import dequantize
 from .container import ModelReader, ModelWriter, SourceModel
 from .errors import CheckpointError
 from .packed import PackedLinear
+from .pieces import Pieces
 from .types import GroupedLayer, QuantizedLinear, QuantScheme
 
 __all__ = ["NO_OVERRIDES", "EncodedLayer", "Exactness", "Format", "FormatOption", "PackedFormat"]
@@ -244,6 +245,10 @@ class Format(ABC):
     def create(self, out: Path, source: SourceModel, *, shard_size: int, force: bool) -> ModelWriter | None:
         """A writer for a conversion of ``source`` to ``out``; None where a safetensors folder is what readers want."""
         return None
+
+    def pieces(self, source: SourceModel) -> Pieces:
+        """What becomes of this format's tensors in the container that ``create`` makes of ``source``."""
+        return Pieces()
 
     def exactness(self, layer: QuantizedLinear | PackedLinear) -> Exactness:
         """How faithfully this layer, with its scheme and scale dtype, is held."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -27,6 +29,7 @@ INDEX_NAME = "model.safetensors.index.json"
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
 # Inside config.json; the second is what compressed-tensors wrote in 2024, and vLLM still reads, the third is mlx-lm's.
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+_CHUNK = 8 * 2**20  # bytes
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -69,24 +72,33 @@ class CheckpointReader:
         Raises:
             CheckpointError: there is no such tensor, the file changed since opening, or the reader is closed.
         """
-        if self._closed:
-            raise CheckpointError(f"checkpoint {self.folder} is closed; read its tensors inside the with block")
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.folder} has no tensor {name!r}; it has {len(self.tensors)} others")
-        info = self.tensors[name]
-        path = self.folder / info.shard
+        info = self._info(name)
         data = torch.empty(info.nbytes, dtype=torch.uint8)
-        try:
-            with path.open("rb") as file:
-                if _identity(os.fstat(file.fileno())) != self._identities[info.shard]:
-                    raise CheckpointError(f"cannot read tensor {name!r}: {path} changed since it was opened")
-                file.seek(info.offset)
-                count = file.readinto(data.numpy().data) if info.nbytes else 0
-        except OSError as exc:
-            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {exc.strerror}") from exc
-        if count != info.nbytes:
-            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {count} of its {info.nbytes} bytes came")
+        count = 0
+        with self._opened(name, info) as file:
+            file.seek(info.offset)
+            count = file.readinto(data.numpy().data) if info.nbytes else 0
+        self._check_count(name, info, count, info.nbytes)
         return data.view(info.dtype).view(info.shape)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """A tensor's bytes, a few at a time.
+
+        Yields:
+            offset within the tensor, and uint8 ``[bytes]`` that the next step overwrites.
+
+        Raises:
+            CheckpointError: as ``get``.
+        """
+        info = self._info(name)
+        buffer = torch.empty(min(_CHUNK, info.nbytes), dtype=torch.uint8)
+        for start in range(0, info.nbytes, _CHUNK):
+            part = buffer[: info.nbytes - start]
+            with self._opened(name, info) as file:
+                file.seek(info.offset + start)
+                count = file.readinto(part.numpy().data)
+            self._check_count(name, info, start + count, start + len(part))
+            yield start, part
 
     def close(self) -> None:
         """Makes further reads an error; tensors already read stay valid."""
@@ -99,6 +111,30 @@ class CheckpointReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        if self._closed:
+            raise CheckpointError(f"checkpoint {self.folder} is closed; read its tensors inside the with block")
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}; it has {len(self.tensors)} others")
+        return self.tensors[name]
+
+    def _check_count(self, name: str, info: TensorInfo, count: int, expected: int) -> None:
+        if count != expected:
+            path = self.folder / info.shard
+            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {count} of its {info.nbytes} bytes came")
+
+    @contextmanager
+    def _opened(self, name: str, info: TensorInfo) -> Iterator[BufferedReader]:
+        """The file that holds a tensor, which is still the one that was checked."""
+        path = self.folder / info.shard
+        try:
+            with path.open("rb") as file:
+                if _identity(os.fstat(file.fileno())) != self._identities[info.shard]:
+                    raise CheckpointError(f"cannot read tensor {name!r}: {path} changed since it was opened")
+                yield file
+        except OSError as exc:
+            raise CheckpointError(f"cannot read tensor {name!r} of {path}: {exc.strerror}") from exc
 
     def _find_quantization_config(self) -> dict[str, Any]:
         for name in QUANTIZATION_FILES:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .atomic_output import AtomicOutput, writing
 from .checkpoint_reader import INDEX_NAME, QUANTIZATION_FILES, SINGLE_NAME
 from .errors import CheckpointError, InputError
+from .pieces import Header, Place
 from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES, build_header
 from .writeback import Writeback
 
@@ -64,8 +65,7 @@ class CheckpointWriter:
         self.folder = self._output.path
         self.working_folder = self._output.working
         self._shard_size = shard_size
-        self._shard: _Shard | None = None
-        self._shards: list[tuple[Path, list[str]]] = []
+        self._shards: list[_Shard] = []
         self._names: set[str] = set()
         self._total_bytes = 0
 
@@ -75,19 +75,19 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the name was added before, the dtype has no safetensors name, or the disk is full.
         """
-        if name in self._names:
-            raise CheckpointError(f"tensor {name!r} is added twice to {self.folder}")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, which safetensors does not hold")
         data = tensor.detach().cpu().contiguous()
+        shard, offset = self._next(Header(name, data.dtype, tuple(data.shape), data.nbytes))
         with writing(self.folder):
-            if self._shard is not None and not self._shard.takes(name, data, self._shard_size):
-                self._finish_shard()
-            if self._shard is None:
-                self._shard = _Shard(self.working_folder / f"{len(self._shards)}.shard")
-            self._shard.append(name, data)
-        self._names.add(name)
-        self._total_bytes += data.nbytes
+            shard.write(offset, data)
+
+    def reserve(self, header: Header) -> Place:
+        """Room for a tensor that is written by someone else, until this writer's exit.
+
+        Raises:
+            CheckpointError: as ``add``.
+        """
+        shard, offset = self._next(header)
+        return Place(shard.path, offset)
 
     def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Appends the tensors of one layer, local name -> tensor, as ``{name}.{local name}``."""
@@ -134,25 +134,34 @@ class CheckpointWriter:
                     self._name_shards()
                 self._output.publish()
         finally:
-            if self._shard is not None:
-                self._shard.close()
+            for shard in self._shards:
+                shard.close()
             self._output.discard()
 
-    def _finish_shard(self) -> None:
-        if self._shard is None:
-            return
-        self._shard.finish()
-        self._shards.append((self._shard.path, list(self._shard.entries)))
-        self._shard = None
+    def _next(self, header: Header) -> tuple[_Shard, int]:
+        """Notes a tensor; returns its shard, and the byte at which its data begins there."""
+        name = header.name
+        if name in self._names:
+            raise CheckpointError(f"tensor {name!r} is added twice to {self.folder}")
+        if header.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"tensor {name!r} is {header.dtype}, which safetensors does not hold")
+        with writing(self.folder):
+            if not self._shards or not self._shards[-1].takes(header, self._shard_size):
+                if self._shards:
+                    self._shards[-1].seal()
+                self._shards.append(_Shard(self.working_folder / f"{len(self._shards)}.shard"))
+        self._names.add(name)
+        self._total_bytes += header.nbytes
+        return self._shards[-1], self._shards[-1].note(header)
 
     def _name_shards(self) -> None:
-        self._finish_shard()
         count = len(self._shards)
         weight_map = {}
-        for i, (path, names) in enumerate(self._shards):
+        for i, shard in enumerate(self._shards):
+            shard.finish()
             file_name = SINGLE_NAME if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            path.rename(self.working_folder / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
+            shard.path.rename(self.working_folder / file_name)
+            weight_map.update(dict.fromkeys(shard.entries, file_name))
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             self.write_json(INDEX_NAME, index)
@@ -167,39 +176,48 @@ class _Shard:
         self._bytes = 0
         self._header_bytes = LENGTH_BYTES + len("{}") + 64  # the text so far; 64 covers __metadata__
         self._file: BinaryIO = path.open("wb")
-        self._file.seek(HEADER_BYTES)
         self._writeback = Writeback(self._file)
 
-    def takes(self, name: str, data: Tensor, limit: int) -> bool:
+    def takes(self, header: Header, limit: int) -> bool:
         """Whether this tensor can follow: aligned to its dtype, within the size limit and the header's room."""
         return (
-            self._bytes % data.itemsize == 0
-            and self._bytes + data.nbytes <= limit
-            and self._header_bytes + _entry_bytes(name, data) <= HEADER_BYTES
+            self._bytes % header.dtype.itemsize == 0
+            and self._bytes + header.nbytes <= limit
+            and self._header_bytes + _entry_bytes(header) <= HEADER_BYTES
         )
 
-    def append(self, name: str, data: Tensor) -> None:
-        flat = data.reshape(-1)
-        if flat.numel():  # a view of another dtype needs at least one element
-            self._file.write(flat.view(torch.uint8).numpy().data)
-        end = self._bytes + data.nbytes
-        self.entries[name] = {
-            "dtype": DTYPE_NAMES[data.dtype],
-            "shape": list(data.shape),
-            "data_offsets": [self._bytes, end],
+    def note(self, header: Header) -> int:
+        """Adds the tensor to the header; returns the byte of the file at which its data begins."""
+        start, end = self._bytes, self._bytes + header.nbytes
+        self.entries[header.name] = {
+            "dtype": DTYPE_NAMES[header.dtype],
+            "shape": list(header.shape),
+            "data_offsets": [start, end],
         }
         self._bytes = end
-        self._header_bytes += _entry_bytes(name, data)
-        self._writeback.reached(HEADER_BYTES + end)
+        self._header_bytes += _entry_bytes(header)
+        return HEADER_BYTES + start
+
+    def write(self, offset: int, data: Tensor) -> None:
+        flat = data.reshape(-1)
+        if flat.numel():  # a view of another dtype needs at least one element
+            self._file.seek(offset)
+            self._file.write(flat.view(torch.uint8).numpy().data)
+        self._writeback.reached(offset + data.nbytes)
+
+    def seal(self) -> None:
+        """Takes no more data from this process."""
+        self._file.close()
 
     def finish(self) -> None:
+        """Writes the header; everything else is there."""
+        self.seal()
         slack = HEADER_BYTES - self._header_bytes
         if slack > MAX_SLACK * self._bytes:
             self._write_compact()
         else:
-            self._file.seek(0)
-            self._file.write(build_header(self.entries, HEADER_BYTES))
-            self._file.close()
+            with self.path.open("r+b") as file:
+                file.write(build_header(self.entries, HEADER_BYTES))
 
     def close(self) -> None:
         # A full disk fails again when buffered bytes are flushed; the file is about to be removed anyway.
@@ -207,7 +225,6 @@ class _Shard:
             self._file.close()
 
     def _write_compact(self) -> None:
-        self._file.close()
         compact = self.path.with_suffix(".compact")
         with self.path.open("rb") as source, compact.open("wb") as target:
             target.write(build_header(self.entries))
@@ -216,9 +233,9 @@ class _Shard:
         compact.replace(self.path)
 
 
-def _entry_bytes(name: str, data: Tensor) -> int:
+def _entry_bytes(header: Header) -> int:
     # Keys and punctuation take under 60 bytes, the two offsets under 20 each.
-    return len(json.dumps(name)) + 100 + len(str(list(data.shape)))
+    return len(json.dumps(header.name)) + 100 + len(str(list(header.shape)))
 
 
 def _is_companion(name: str) -> bool:

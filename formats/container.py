@@ -9,34 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .pieces import Choice, Header, Piece, Pieces, Place
 from .safetensors_header import TensorInfo
 from .types import QuantScheme
 
-__all__ = ["Choice", "HasCompanions", "ModelReader", "ModelWriter", "SourceModel"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a writer decided to store one tensor, where its container has several ways.
-
-    Attributes:
-        name: the tensor's name in the container.
-        stored_as: the type it got, e.g. ``Q2_0``.
-        bits_per_weight: what that type takes.
-        why: half a sentence.
-    """
-
-    name: str
-    stored_as: str
-    bits_per_weight: float
-    why: str
+__all__ = ["Choice", "HasCompanions", "ModelReader", "ModelWriter", "PlacingWriter", "SourceModel"]
 
 
 class ModelReader(Protocol):
@@ -135,3 +118,35 @@ class ModelWriter(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class PlacingWriter(ModelWriter):
+    """A writer that tells where a tensor's bytes belong, so that whoever has them can write them.
+
+    Attributes:
+        pieces: what becomes of a tensor on its way into the container.
+    """
+
+    pieces: Pieces
+
+    @abstractmethod
+    def reserve(self, header: Header) -> Place:
+        """Room for a tensor: the next in the container, in a file that is there already.
+
+        Raises:
+            CheckpointError: the container does not expect it, or not once more.
+        """
+
+    @abstractmethod
+    def put(self, piece: Piece) -> None:
+        """Reserves room for a tensor and writes it."""
+
+    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """See ModelWriter."""
+        for piece in self.pieces.of_layer(name, tensors):
+            self.put(piece)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """See ModelWriter."""
+        for piece in self.pieces.of_tensor(name, tensor):
+            self.put(piece)

@@ -12,10 +12,11 @@ from torch import Tensor
 from .base import NO_OVERRIDES, Format, PackedFormat
 from .checkpoint import CheckpointWriter
 from .checkpoint_reader import CONFIG_KEYS
-from .container import HasCompanions, ModelWriter
+from .container import HasCompanions, ModelWriter, PlacingWriter
 from .errors import UnsupportedSchemeError
 from .model import Checkpoint
 from .packed import PackedLinear
+from .pieces import Header, Piece, Place
 from .types import QuantizedLinear, QuantScheme
 
 __all__ = ["FolderWriter", "create_model", "encode_layer", "write_layer", "write_model_config"]
@@ -40,21 +41,22 @@ def create_model(
     return FolderWriter(fmt, out, source, shard_size=shard_size, force=force) if own is None else own
 
 
-class FolderWriter(ModelWriter):
+class FolderWriter(PlacingWriter):
     """A folder of safetensors with everything the source had beside its weights."""
 
     def __init__(self, fmt: Format, out: Path | str, source: Checkpoint, *, shard_size: int, force: bool) -> None:
+        self.pieces = fmt.pieces(source)
         self._format = fmt
         self._source = source
         self._writer = CheckpointWriter(out, shard_size=shard_size, force=force)
 
-    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """See ModelWriter."""
-        self._writer.add_layer(name, tensors)
+    def reserve(self, header: Header) -> Place:
+        """See PlacingWriter."""
+        return self._writer.reserve(header)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """See ModelWriter."""
-        self._writer.add(name, tensor)
+    def put(self, piece: Piece) -> None:
+        """See PlacingWriter."""
+        self._writer.add(piece.header.name, piece.data)
 
     def finish(self) -> None:
         """config.json, the format's sidecar files, and the source's tokenizer and other companions."""

@@ -20,8 +20,8 @@ class Writeback:
     is still only what fsync has returned for.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._descriptor = file.fileno()
+    def __init__(self, file: BinaryIO | int) -> None:
+        self._descriptor = file if isinstance(file, int) else file.fileno()
         self._begun = 0
         self._call: Callable[..., int] | None = None
         with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -29,8 +29,12 @@ class Writeback:
 
     def reached(self, position: int) -> None:
         """Everything before this byte has been handed to the system."""
-        if self._call is None or position - self._begun < _STEP:
+        if position - self._begun < _STEP:
             return
-        length = ctypes.c_int64(position - self._begun)
-        self._call(self._descriptor, ctypes.c_int64(self._begun), length, ctypes.c_uint(_WRITE))
+        self.begin(self._begun, position - self._begun)
         self._begun = position
+
+    def begin(self, offset: int, count: int) -> None:
+        """So many bytes from this one on have been handed to the system."""
+        if self._call is not None:
+            self._call(self._descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(_WRITE))

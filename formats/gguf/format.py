@@ -15,6 +15,7 @@ from ..base import NO_OVERRIDES, EncodedLayer, Exactness, Format, FormatOption
 from ..container import ModelReader, ModelWriter, SourceModel
 from ..errors import CheckpointError, InputError, InvalidLayerError, UnsupportedSchemeError
 from ..packed import PackedLinear
+from ..pieces import Pieces
 from ..qweight import config_integer
 from ..rounding import holds_scales
 from ..types import QuantizedLinear, QuantScheme, negated
@@ -204,6 +205,12 @@ class GgufFormat(Format):
         from .reader import GgufReader  # noqa: PLC0415
 
         return GgufReader(path)
+
+    def pieces(self, source: SourceModel) -> Pieces:
+        """See ``GgufPieces``."""
+        from .pieces import GgufPieces  # noqa: PLC0415
+
+        return GgufPieces(source)
 
     def create(self, out: Path, source: SourceModel, *, shard_size: int, force: bool) -> ModelWriter:
         """One file whatever ``shard_size`` says: llama.cpp's own tools split and merge."""

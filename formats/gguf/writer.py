@@ -10,25 +10,24 @@ import contextlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from ..atomic_output import AtomicOutput, writing
 from ..base import Format
-from ..container import Choice, ModelWriter, SourceModel
-from ..errors import CheckpointError, UnsupportedSchemeError
+from ..container import PlacingWriter, SourceModel
+from ..errors import CheckpointError
+from ..pieces import Choice, Header, Piece, Place
 from ..writeback import Writeback
-from .blocks import BLOCK_TYPES, UNIT, block_type_of
-from .families import NameMap, family_of_config, permutation
+from .blocks import BLOCK_TYPES
 from .header import ALIGNMENT, HEAD_BYTES, ROPE_FREQS, SCHEME_KEY, TYPE_SIZES, is_gguf
 from .keys import head_bytes, metadata_bytes
 from .metadata import add_hyper_parameters, head_width
+from .pieces import GgufPieces
 from .reader import GgufReader
 from .rope import llama3_factors, rope_parameters
 from .tokenizer import add_tokenizer, copy_tokenizer
@@ -36,9 +35,7 @@ from .tokenizer import add_tokenizer, copy_tokenizer
 __all__ = ["GgufWriter"]
 
 _TYPE_IDS = {name: number for number, (name, _, _) in TYPE_SIZES.items()}
-_DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FTYPES = {"F32": 0, "F16": 1, "BF16": 32, **{kind.name: kind.ftype for kind in BLOCK_TYPES.values()}}
-_IGNORED = ".rotary_emb.inv_freq"
 
 
 @dataclass
@@ -50,7 +47,7 @@ class _Entry:
     offset: int = 0
 
 
-class GgufWriter(ModelWriter):
+class GgufWriter(PlacingWriter):
     """One ``.gguf`` file from a quantized checkpoint; a context manager.
 
     Args:
@@ -73,9 +70,8 @@ class GgufWriter(ModelWriter):
         self._output = AtomicOutput(out, force=force, replaceable=_is_replaceable, unlike="is no GGUF file")
         self.path = self._output.path
         self._config = source.reader.config
-        self._family = family_of_config(self._config)
-        self._names = NameMap(self._family, self._config["num_hidden_layers"])
-        self._tied = bool(self._config.get("tie_word_embeddings", False))
+        self.pieces = self._pieces = GgufPieces(source)
+        self._family = self._pieces.family
         self._rope = llama3_factors(rope_parameters(self._config), head_width(self._config))
         self._entries = self._plan(source)
         self._choices: list[Choice] = []
@@ -85,35 +81,37 @@ class GgufWriter(ModelWriter):
         self._data_start = _padded(HEAD_BYTES + len(self._metadata) + len(self._table()))
         self._position = self._data_start
 
-    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """The blocks become ``{layer}.weight``."""
-        blocks = tensors["blocks"]
-        kind = block_type_of(blocks.shape[2])
-        if kind is None:
-            raise CheckpointError(f"layer {name} has blocks of {blocks.shape[2]} bytes, which are no ggml type's")
-        shape = (blocks.shape[0], blocks.shape[1] * UNIT)
-        self._write(f"{name}.weight", self._ordered(name, blocks), kind.name, shape)
-        if "bias" in tensors:
-            self.add(f"{name}.bias", tensors["bias"])
-        why = getattr(tensors, "choice", None)
-        reason = why.reason if why is not None else "as encoded"
-        self._choices.append(Choice(self._names.to_ggml(f"{name}.weight"), kind.name, kind.bits_per_weight, reason))
+    def reserve(self, header: Header) -> Place:
+        """See PlacingWriter."""
+        entry = self._entries.get(header.name)
+        if entry is None or entry.type:
+            state = "was not expected" if entry is None else "is added twice"
+            raise CheckpointError(f"tensor {header.name} of {self.path} {state}")
+        if entry.shape != header.shape:
+            raise CheckpointError(
+                f"tensor {header.name} has shape {list(header.shape)}; {list(entry.shape)} was announced"
+            )
+        place = Place(self._output.working, self._position)
+        entry.type, entry.offset = header.kind, self._position - self._data_start
+        self._position = _padded(self._position + header.nbytes)
+        if header.choice is not None:
+            self._choices.append(header.choice)
+        return place
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Matrices keep their dtype; llama.cpp computes with vectors in fp32 only."""
-        if name.endswith(_IGNORED) or self._is_tied_head(name):
-            return
-        data = tensor.detach().cpu()
-        if data.dim() == 1 and data.dtype in _DENSE:
-            data = data.to(torch.float32)
-        if data.dtype not in _DENSE:
-            raise UnsupportedSchemeError(f"tensor {name} is {data.dtype}; GGUF takes float32, float16 and bfloat16")
-        self._write(name, self._ordered(name, data), _DENSE[data.dtype], tuple(data.shape))
+    def put(self, piece: Piece) -> None:
+        """See PlacingWriter."""
+        place, file = self.reserve(piece.header), self._opened()
+        with writing(self.path):
+            file.seek(place.offset)
+            file.write(piece.data.reshape(-1).view(torch.uint8).numpy().data)
+            if self._writeback is not None:
+                self._writeback.reached(place.offset + piece.header.nbytes)
 
     def finish(self) -> None:
         """The head, now that every type and offset is known."""
         if self._rope is not None:
-            self._write_entry(ROPE_FREQS, self._rope, "F32", tuple(self._rope.shape))
+            header = Header(ROPE_FREQS, self._rope.dtype, tuple(self._rope.shape), self._rope.nbytes, "F32")
+            self.put(Piece(header, self._rope.contiguous()))
         missing = [name for name, entry in self._entries.items() if not entry.type]
         if missing:
             raise CheckpointError(f"{len(missing)} tensors of {self.path} were never written, e.g. {missing[0]}")
@@ -124,6 +122,7 @@ class GgufWriter(ModelWriter):
             file.write(self._with_file_type())
             file.write(self._table())
             file.flush()
+            file.truncate(self._position)  # up to the last tensor's padding
 
     def choices(self) -> tuple[Choice, ...]:
         """Type and reason of each layer's weight."""
@@ -158,19 +157,15 @@ class GgufWriter(ModelWriter):
                 shapes[f"{layer}.bias"] = (rows,)
         shapes |= {name: source.reader.tensors[name].shape for name in source.passthrough_names}
         entries = {
-            self._names.to_ggml(name): _Entry(shape)
+            self._pieces.to_ggml(name): _Entry(shape)
             for name, shape in shapes.items()
-            if not name.endswith(_IGNORED) and not self._is_tied_head(name)
+            if not self._pieces.leaves_out(name)
         }
-        if not self._tied and "lm_head.weight" not in shapes:
+        if not self._pieces.tied and "lm_head.weight" not in shapes:
             raise CheckpointError("tie_word_embeddings is false and there is no lm_head; llama.cpp would tie them")
         if self._rope is not None:
             entries[ROPE_FREQS] = _Entry(tuple(self._rope.shape))
         return entries
-
-    def _is_tied_head(self, name: str) -> bool:
-        """lm_head of a model whose configuration ties it: another copy of the embedding."""
-        return self._tied and name == "lm_head.weight"
 
     def _metadata_bytes(self, source: SourceModel, form: Format, pre_tokenizer: str | None) -> tuple[bytes, int]:
         """Metadata entries as the gguf package writes them, and how many they are."""
@@ -211,32 +206,6 @@ class GgufWriter(ModelWriter):
             parts.append(struct.pack(f"<{len(entry.shape)}Q", *reversed(entry.shape)))
             parts.append(struct.pack("<IQ", _TYPE_IDS.get(entry.type, 0), entry.offset))
         return b"".join(parts)
-
-    def _ordered(self, name: str, tensor: Tensor) -> Tensor:
-        order = permutation(self._family, self._config, name, tensor.shape[0])
-        return tensor if order is None else tensor.index_select(0, order)
-
-    def _write(self, name: str, tensor: Tensor, type_name: str, shape: tuple[int, ...]) -> None:
-        self._write_entry(self._names.to_ggml(name), tensor, type_name, shape)
-
-    def _write_entry(self, ggml_name: str, tensor: Tensor, type_name: str, shape: tuple[int, ...]) -> None:
-        entry = self._entries.get(ggml_name)
-        if entry is None or entry.type:
-            state = "was not expected" if entry is None else "is added twice"
-            raise CheckpointError(f"tensor {ggml_name} of {self.path} {state}")
-        if entry.shape != shape:
-            raise CheckpointError(f"tensor {ggml_name} has shape {list(shape)}; {list(entry.shape)} was announced")
-        entry.type, entry.offset = type_name, self._position - self._data_start
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        file = self._opened()
-        with writing(self.path):
-            file.seek(self._position)
-            file.write(flat.numpy().data)
-            end = self._position + flat.numel()
-            self._position = _padded(end)
-            file.write(bytes(self._position - end))
-            if self._writeback is not None:
-                self._writeback.reached(end)
 
     def _opened(self) -> BinaryIO:
         if self._file is None:

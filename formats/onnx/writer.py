@@ -8,14 +8,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
-from torch import Tensor
 
 from ..atomic_output import writing
 from ..checkpoint_reader import read_json
 from ..checkpoint_writer import CheckpointWriter
-from ..container import ModelWriter, SourceModel
+from ..container import PlacingWriter, SourceModel
 from ..errors import CheckpointError
 from ..model_writer import write_model_config
+from ..pieces import Header, Piece, Place
 from ..safetensors_header import TensorInfo
 from ..writeback import Writeback
 from .decoder import read_decoder, rotary_caches
@@ -32,7 +32,7 @@ __all__ = ["OnnxWriter"]
 ALIGNMENT = 4096  # onnxruntime maps external data, which begins on pages
 
 
-class OnnxWriter(ModelWriter):
+class OnnxWriter(PlacingWriter):
     """A folder with ``model.onnx``, its external data, configurations and tokenizer.
 
     Memory is that of the largest tensor: bytes go to disk as they arrive, and the graph holds none of them.
@@ -45,6 +45,7 @@ class OnnxWriter(ModelWriter):
 
     def __init__(self, fmt: OnnxLayout, out: Path, source: SourceModel, *, shard_size: int, force: bool) -> None:
         require_onnx("writing an ONNX model")
+        self.pieces = fmt.pieces(source)
         self._format = fmt
         self._source = source
         self._decoder = read_decoder(source.reader.config)
@@ -54,34 +55,39 @@ class OnnxWriter(ModelWriter):
         self._writer = CheckpointWriter(out, shard_size=shard_size, force=force)
         self._shard_size = shard_size
         self._file: BinaryIO | None = None
+        self._end = 0  # of what is reserved in it
         self._writeback: Writeback | None = None
         self._files = 0
 
-    def add_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """See ModelWriter."""
-        for local, tensor in tensors.items():
-            self.add(f"{name}.{local}", tensor)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """See ModelWriter.
+    def reserve(self, header: Header) -> Place:
+        """See PlacingWriter.
 
         Raises:
             CheckpointError: the name was added before, ONNX has no such dtype, or the disk is full.
         """
+        name = header.name
         if name in self._stored:
             raise CheckpointError(f"tensor {name!r} is added twice to {self._writer.folder}")
-        if tensor.dtype not in ONNX_TYPES:
-            raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, which the ONNX writer does not hold")
-        data = tensor.detach().cpu().contiguous().reshape(-1)
+        if header.dtype not in ONNX_TYPES:
+            raise CheckpointError(f"tensor {name!r} is {header.dtype}, which the ONNX writer does not hold")
         with writing(self._writer.folder):
-            file = self._file_for(data.nbytes)
-            offset = file.tell() + -file.tell() % ALIGNMENT
-            file.write(b"\0" * (offset - file.tell()))
-            if data.numel():
-                file.write(data.view(torch.uint8).numpy().data)
+            file = self._file_for(header.nbytes)
+        path, offset = Path(file.name), self._end + -self._end % ALIGNMENT
+        self._end = offset + header.nbytes
+        self._stored[name] = TensorInfo(header.dtype, header.shape, header.nbytes, path.name, offset)
+        return Place(path, offset)
+
+    def put(self, piece: Piece) -> None:
+        """See PlacingWriter."""
+        place = self.reserve(piece.header)
+        file, flat = self._file, piece.data.reshape(-1)
+        if file is None or not flat.numel():
+            return
+        with writing(self._writer.folder):
+            file.seek(place.offset)
+            file.write(flat.view(torch.uint8).numpy().data)
             if self._writeback is not None:
-                self._writeback.reached(file.tell())
-        self._stored[name] = TensorInfo(tensor.dtype, tuple(tensor.shape), data.nbytes, Path(file.name).name, offset)
+                self._writeback.reached(self._end)
 
     def finish(self) -> None:
         """The graph, config.json, genai_config.json, and the source's tokenizer and other companions."""
@@ -140,13 +146,13 @@ class OnnxWriter(ModelWriter):
         return build_graph(self._decoder, tensors, self._layers, fmt.scale_dtype, fmt.accuracy_level)
 
     def _file_for(self, nbytes: int) -> BinaryIO:
-        if self._file is not None and self._file.tell() + nbytes > self._shard_size:
+        if self._file is not None and self._end + nbytes > self._shard_size:
             self._close()
         if self._file is None:
             suffix = f".{self._files}" if self._files else ""
             self._file = (self._writer.working_folder / f"{GRAPH_NAME}.data{suffix}").open("wb")
             self._writeback = Writeback(self._file)
-            self._files += 1
+            self._files, self._end = self._files + 1, 0
         return self._file
 
     def _close(self) -> None:
