@@ -140,6 +140,13 @@ class TrainConfig:
     lr_e2e: float | None = _option(
         None, "E2E-QP", "Peak learning rate of scales. Default 2e-5 at 2 bits, 1e-5 above.", metavar="LR", above=0
     )
+    e2e_share: str = _option(
+        "auto",
+        "E2E-QP",
+        "Under torchrun, hold a rank's share of the packed weights only and gather each layer's for use; auto does "
+        "so where they take over half of a GPU.",
+        choices=("auto", "on", "off"),
+    )
     warmup_ratio: float = _option(
         0.03, "E2E-QP", "Share of the steps with a rising learning rate.", metavar="X", least=0
     )

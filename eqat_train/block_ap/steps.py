@@ -21,6 +21,7 @@ from ..error_text import first_line
 from ..models.experts import Experts
 from ..ops.fake_quant_adamw import AdamW, Moments, fake_quant_adamw_, schedule_row
 from ..ranks.gradients import gradient_mean
+from ..ranks.group import agreed
 from .capture import BlockCall
 from .differentiation import Differentiation
 from .passes import autocast, reconstruction_loss
@@ -267,7 +268,7 @@ class GraphedSteps:
 
     def _capture(self, hidden_states: Tensor, target: Tensor) -> None:
         self._hidden_states, self._target = torch.empty_like(hidden_states), torch.empty_like(target)
-        graph = torch.cuda.CUDAGraph()
+        graph, failure = torch.cuda.CUDAGraph(), None
         try:
             # the thread that fetches batches goes on meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -275,13 +276,14 @@ class GraphedSteps:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # every rank fails here or none: a reduction in a graph needs the other ranks' graphs
-            text = f"the block's step cannot be a CUDA graph ({first_line(error)})"
-            if self._message is None:
-                raise InputError(f"{text}; use execution auto or eager") from error
-            self._message(f"{text}; it runs without one, slower")
+            failure = error
+        if agreed(failure is None):  # a reduction in a graph needs graphs on all ranks
+            self._graph = graph
             return
-        self._graph = graph
+        text = f"the block's step cannot be a CUDA graph ({first_line(failure) if failure else 'on another rank'})"
+        if self._message is None:
+            raise InputError(f"{text}; use execution auto or eager") from failure
+        self._message(f"{text}; it runs without one, slower")
 
     def trained(self) -> Iterator[Tensor]:
         return self._steps.trained()

@@ -23,6 +23,7 @@ from formats.model_writer import write_layer, write_model_config
 
 from ..models.packed import load_packed
 from .quant_linear import QuantLinear
+from .shared_words import SharedWords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +63,7 @@ def load_packed_model(
     compute_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    words: SharedWords | None = None,
 ) -> PackedModel:
     """Loads a quantized checkpoint layer by layer.
 
@@ -71,22 +73,30 @@ def load_packed_model(
         compute_dtype: dtype of everything that is not packed.
         device: where the model goes.
         trust_remote_code: allow Python files of the folder to run.
+        words: keeps this rank's share of the packed words only; None keeps all.
 
     Raises:
-        InputError: the checkpoint is not quantized.
+        InputError: the checkpoint is not quantized, or has experts and ``words`` is given.
         CheckpointError: a tensor is missing, unexpected or of a wrong shape.
         UnsupportedSchemeError: the native layout cannot hold a layer.
     """
     folder = checkpoint.reader.folder
     if not checkpoint.layer_names:
         raise InputError(f"{folder} is in full precision; E2E-QP trains the scales of a native or GPTQ checkpoint")
+
+    def make(name: str) -> QuantLinear:
+        linear = QuantLinear.from_layer(checkpoint.layer(name), scale_dtype=scale_dtype)
+        return linear if words is None else words.share_(linear)
+
     model, layers, linears = load_packed(
         checkpoint,
-        lambda name: QuantLinear.from_layer(checkpoint.layer(name), scale_dtype=scale_dtype),
+        make,
         compute_dtype,
         device,
         trust_remote_code=trust_remote_code,
     )
+    if words is not None:
+        words.begin(model, model.get_input_embeddings(), list(layers))
     return PackedModel(model, linears, layers)
 
 

@@ -62,6 +62,7 @@ class QuantLinear(nn.Module):
         self.bits, self.group_size = packed.bits, packed.group_size
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.scale_dtype, self.impl = scale_dtype, impl
+        self.shared: PackedWeight | None = None
         self.register_buffer("qweight", packed.qweight)
         self.register_buffer("qzeros", packed.qzeros)
         self.register_buffer("bias", bias)
@@ -85,7 +86,9 @@ class QuantLinear(nn.Module):
         return cls(packed, layer.scales.t(), layer.bias, scale_dtype=scale_dtype, impl=impl)
 
     def packed_weight(self) -> PackedWeight:
-        """The codes and zero-points, where the module is."""
+        """The codes and zero-points, where the module is; gathered when they are looked at where ranks share them."""
+        if self.shared is not None:
+            return self.shared
         return PackedWeight(self.qweight, self.qzeros, self.bits, self.group_size, self.in_features, self.g_idx)
 
     def stored_scales(self) -> Tensor:

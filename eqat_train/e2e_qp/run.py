@@ -30,6 +30,7 @@ from ..resume.identity import folder_fingerprint, settings_identity, tensor_fing
 from ..resume.stage import StageRecord
 from .packed_model import load_packed_model, write_trained
 from .settings import E2eReport, E2eSettings
+from .shared_words import shared_words
 from .shares import check_batch
 from .state import E2eState
 from .trainer import Trainer
@@ -125,12 +126,16 @@ def train_scales(
         The trainer with the trained model, the validation loss, and the largest peak memory of a rank.
     """
     check_batch(settings.batch_size)
+    words = shared_words(source, settings)
+    if words is not None:
+        reporter.message("E2E-QP: each rank holds its share of the packed weights")
     packed = load_packed_model(
         source,
         scale_dtype=settings.scale_dtype,
         compute_dtype=settings.resolved_compute_dtype(),
         device=settings.resolved_device(),
         trust_remote_code=trust_remote_code,
+        words=words,
     )
     _check_token_ids(packed.vocabulary, data, val)
     trainer = Trainer(packed, settings, data.seq_len, reporter, state)
@@ -144,7 +149,7 @@ def e2e_identity(
 ) -> dict[str, Any]:
     """What the trained scales depend on."""
     return {
-        "settings": settings_identity(settings, without=("device", "compute_dtype"))
+        "settings": settings_identity(settings, without=("device", "compute_dtype", "share_weights"))
         | {"device": settings.resolved_device().type, "dtype": str(settings.resolved_compute_dtype())},
         "the checkpoint's weights": folder_fingerprint(checkpoint),
         "the training windows": tensor_fingerprint(data.input_ids, data.labels),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,8 @@ class E2eSettings:
         activation_budget: bytes that forward may keep for backward while ``gradient_checkpointing`` is None; None is
             1 GiB on a CPU and 60 % of what is free on a GPU.
         seed: of the order of the windows.
+        share_weights: "on" keeps one rank's share of the packed weights on each rank and gathers a layer's for use,
+            "auto" does so where they take over half of a GPU; see :mod:`eqat_train.e2e_qp.shared_words`.
 
     Raises:
         InputError: a value outside its range.
@@ -51,6 +54,7 @@ class E2eSettings:
     gradient_checkpointing: bool | None = None
     activation_budget: int | None = None
     seed: int = 0
+    share_weights: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_size", "activation_budget"):

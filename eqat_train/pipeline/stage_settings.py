@@ -88,4 +88,5 @@ def e2e_settings(config: TrainConfig) -> E2eSettings:
         compute_dtype=dtype,
         device=device,
         seed=config.seed,
+        share_weights=config.e2e_share,  # type: ignore[arg-type]  # one of its choices
     )

@@ -20,6 +20,7 @@ import torch
 from eqat_train.block_ap import run as block_ap_run
 from eqat_train.block_ap.activations import ActivationStore
 from eqat_train.config import TrainConfig, build_config
+from eqat_train.e2e_qp.shared_words import SharedWords
 from eqat_train.e2e_qp.trainer import Trainer
 from eqat_train.pipeline.following import follow
 from eqat_train.pipeline.train import train
@@ -30,6 +31,16 @@ from eqat_train.ranks.together import RankLostError, run_together
 from eqat_train.reporting.progress import Reporter
 
 seen: dict[str, Any] = {"samples": [], "said": [], "ended": {}}
+
+
+shared: list[SharedWords] = []
+
+
+def held(words: SharedWords) -> tuple[int, int, int]:
+    """Bytes of the words that this rank keeps, of all words, and of those that are gathered now."""
+    shapes = [shape.numel() for pair in words._shapes for shape in pair]
+    gathered = sum(tensor.nbytes for pair in words._here.values() for tensor in pair)
+    return sum(linear.qweight.nbytes for linear in words._linears), 4 * sum(shapes), gathered
 
 
 class Listener(Reporter):
@@ -77,9 +88,9 @@ def killed(train_block: Any) -> Any:
 
 
 def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
-    def ends(name: str, out: str) -> None:
+    def ends(name: str, out: str, **more: Any) -> None:
         try:
-            run(build_config(settings | {"out": out}))
+            run(build_config(settings | more | {"out": out}))
             seen["ended"][name] = "good"
         except (KeyboardInterrupt, RanksDifferError) as error:
             seen["ended"][name] = f"{type(error).__name__}: {error}"
@@ -94,6 +105,11 @@ def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
     ends("whole", "whole")
     ActivationStore.__init__ = make  # type: ignore[method-assign]
     ends("resumed", "resumed")
+    make_words = SharedWords.__init__
+    SharedWords.__init__ = lambda words, ranks: shared.append(words) or make_words(words, ranks)  # type: ignore
+    ends("shared", "shared", e2e_share="on")
+    (words,) = shared
+    seen["shared"] = {"gathers": words.gathers, "ahead": words.ahead, "held": held(words)}
     with changed(Trainer, "_step", interrupted_in_the_second_step):
         ends("stopped", "stopped")
     ends("gone on", "stopped")
