@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,13 @@ def reductions(options: argparse.Namespace) -> list[Row]:
     }
     for name, nbytes in sizes.items():
         values = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device="cuda")
-        time = event_times(lambda values=values: dist.all_reduce(values, dist.ReduceOp.AVG), options.repeats)
+        time = event_times(partial(dist.all_reduce, values, dist.ReduceOp.AVG), options.repeats)
         rows.append(_moved("all_reduce", f"{name}, {nbytes / 1e6:.2f} MB", time, 2 * nbytes))
     for name, count in (("q_proj", hidden**2), ("up_proj", hidden * intermediate)):
         nbytes = count * options.bits // 8
         share = torch.zeros(nbytes // 4 // size(), dtype=torch.int32, device="cuda")
         words = share.new_empty(len(share) * size())
-        time = event_times(lambda words=words, share=share: dist.all_gather_into_tensor(words, share), options.repeats)
+        time = event_times(partial(dist.all_gather_into_tensor, words, share), options.repeats)
         rows.append(_moved("all_gather", f"packed {name}, {nbytes / 1e6:.2f} MB", time, nbytes))
     checked = {"weights": torch.zeros(block, device="cuda")}
     rows.append(
@@ -118,12 +119,19 @@ def _moved(op: str, shape: str, time: Timing, nbytes: int) -> Row:
 
 
 def block_ap(options: argparse.Namespace) -> list[Row]:
-    """Steps of one block, gradients reduced beside backward, as one CUDA graph and compiled."""
-    rows = []
+    """Steps of one block, gradients reduced beside backward, as one CUDA graph and kernel by kernel."""
     plans = [("strong", 2, "fused, graph"), ("strong", 16, "fused, graph"), ("strong", 2, "fused")]
-    if size() > 1:
-        plans += [("weak", 2 * size(), "fused, graph"), ("weak", 2 * size(), "fused, graph, compile")]
-    plans += [("strong", 2, "fused, graph, compile")]
+    return _block_ap_rows(options, [*plans, ("weak", 2 * size(), "fused, graph")] if size() > 1 else plans)
+
+
+def compiled(options: argparse.Namespace) -> list[Row]:
+    """The same, compiled: half a minute for each number of samples a GPU."""
+    plans = [("strong", 2, "fused, graph, compile"), ("weak", 2 * size(), "fused, graph, compile")]
+    return _block_ap_rows(options, plans if size() > 1 else plans[:1])
+
+
+def _block_ap_rows(options: argparse.Namespace, plans: list[tuple[str, int, str]]) -> list[Row]:
+    rows = []
     for kind, batch, loop in plans:
         rows += _block_ap_row(options, kind, batch, loop)
         _free()
@@ -238,6 +246,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "reductions": reductions,
     "block_ap": block_ap,
     "e2e_qp": e2e_qp,
+    "compiled": compiled,
 }
 
 if __name__ == "__main__":
