@@ -178,6 +178,7 @@ CHANGES: dict[str, Any] = {
     "e2e_micro_batch": 1,
     "e2e_epochs": 2,
     "lr_e2e": 1.0,
+    "e2e_share": "on",
     "warmup_ratio": 0.5,
     "max_grad_norm": 2.0,
     "out": "eqat-out/elsewhere",
