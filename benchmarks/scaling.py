@@ -38,7 +38,7 @@ from eqat_train.e2e_qp.recompute import plan_recomputing, recomputed_in_backward
 from eqat_train.e2e_qp.shared_words import SharedWords
 from eqat_train.e2e_qp.shares import own_windows, sum_step_
 from eqat_train.ranks.divergence import check_same
-from eqat_train.ranks.group import current, join, largest, leave, mean, own_part, rank, size
+from eqat_train.ranks.group import current, join, largest, leave, mean, own_part, rank, size, together
 
 CHECKED_STEPS = 12
 # bf16 rounds 1 in 256, and differences of one step grow through the next: as in block_ap_step.py.
@@ -49,6 +49,12 @@ GIB = 2**30
 def main() -> None:
     options = _options()
     join("cuda")
+    with together():
+        _run(options)
+    leave()
+
+
+def _run(options: argparse.Namespace) -> None:
     say(f"{size()} GPU(s), torch {torch.__version__}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     for section in options.sections:
         started = time.perf_counter()
@@ -57,7 +63,6 @@ def main() -> None:
             write(rows, None if options.dry else RESULTS / "scaling.csv")
         say(f"  ({section}: {time.perf_counter() - started:.0f} s)")
     largest(0)  # rank 0 has written
-    leave()
 
 
 def _options() -> argparse.Namespace:

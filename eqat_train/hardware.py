@@ -11,7 +11,7 @@ import torch
 
 from formats.errors import InputError
 
-from .ranks.group import current
+from .ranks.group import joined
 
 __all__ = ["DTYPES", "give_back_freed_memory", "peak_memory", "resolve_device", "resolve_dtype"]
 
@@ -26,7 +26,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         InputError: no such device here.
     """
-    if (ranks := current()) is not None:
+    if (ranks := joined()) is not None:
         return ranks.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -38,7 +38,7 @@ from ..models.experts import check_experts, count_tokens
 from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
 from ..overrides import choose_schemes, describe_overrides
 from ..ranks.divergence import check_same
-from ..ranks.group import largest, local_size, suffixed
+from ..ranks.group import largest, local_size, suffixed, together
 from ..reporting.progress import Reporter
 from ..resume.stage import StageRecord
 from .activations import ActivationStore, Place, bytes_to_train, choose_place
@@ -202,8 +202,9 @@ class BlockApRun:
             blocks += [self._round_block(files, index) for index in range(done, count)]
             return tuple(blocks), None
         call_followers(files.folder, done, train, val)
-        train, val = own_samples(train, val, self.settings.batch_size)
         with ExitStack() as stack:
+            stack.enter_context(together())
+            train, val = own_samples(train, val, self.settings.batch_size)
             calls, splits, place = self._capture(stack, train, val, work_dir)
             for index in range(done):
                 self._replay_block(files, index, calls[index], *splits)
@@ -386,12 +387,11 @@ class BlockApRun:
         val_losses: list[float | None],
         started: float,
     ) -> BlockReport:
-        peak = peak_memory(self.device)
         return BlockReport(
             index,
             start_val_loss,
             tuple(train_losses),
             tuple(val_losses),
             time.perf_counter() - started,
-            largest(peak) if self.settings.epochs else peak,  # rank 0 rounds alone
+            largest(peak_memory(self.device)),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from formats.errors import InputError
 
-from ..ranks.group import current, largest, own_part, size, total
+from ..ranks.group import current, joined, largest, own_part, size, total
 from ..ranks.orders import give_order
 from ..resume.identity import tensor_fingerprint
 from .activations import Place
@@ -33,15 +33,16 @@ def own_settings(settings: BlockApSettings) -> BlockApSettings:
     Raises:
         InputError: the batch cannot be divided by the number of ranks.
     """
-    if size() == 1 or not settings.epochs:
+    ranks = joined()
+    if ranks is None or not settings.epochs:
         return settings
-    if settings.batch_size % size():
-        fits = -(-settings.batch_size // size()) * size()
+    if settings.batch_size % ranks.size:
+        fits = -(-settings.batch_size // ranks.size) * ranks.size
         raise InputError(
-            f"--batch {settings.batch_size} windows a step cannot be shared evenly by {size()} ranks; use --batch "
+            f"--batch {settings.batch_size} windows a step cannot be shared evenly by {ranks.size} ranks; use --batch "
             f"{fits}, or a number of ranks that divides {settings.batch_size}"
         )
-    return replace(settings, batch_size=settings.batch_size // size())
+    return replace(settings, batch_size=settings.batch_size // ranks.size)
 
 
 def own_samples(train: Tensor, val: Tensor, local_batch: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ def call_followers(folder: Path, finished: int, train: Tensor, val: Tensor) -> N
         train: all samples.
         val: all validation samples.
     """
-    if current() is not None:
+    if joined() is not None:
         windows = tensor_fingerprint(train, val)
         give_order("block-ap", blocks=str(folder.absolute()), finished=finished, windows=windows)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from formats.model import open_checkpoint
 
 from ..data import TokenWindows
+from ..ranks.group import together
 from ..reporting.progress import Reporter
 from .run import e2e_identity, train_scales
 from .settings import E2eSettings
@@ -38,5 +39,5 @@ def follow_e2e_qp(
         EqatError: what ``run_e2e_qp`` raises.
     """
     identity = e2e_identity(checkpoint, data, val, settings)
-    with open_checkpoint(checkpoint) as source:
+    with open_checkpoint(checkpoint) as source, together():
         train_scales(source, data, val, settings, E2eState(state, identity), Reporter(), trust_remote_code)

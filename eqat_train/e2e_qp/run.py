@@ -23,7 +23,7 @@ from formats.model import Checkpoint, open_checkpoint
 
 from ..data import NO_LOSS, TokenWindows
 from ..hardware import peak_memory
-from ..ranks.group import current, largest
+from ..ranks.group import joined, largest, together
 from ..ranks.orders import give_order
 from ..reporting.progress import Reporter
 from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
@@ -84,11 +84,12 @@ def run_e2e_qp(
         return E2eReport(**{**written, "losses": tuple(written["losses"]), "grad_norms": tuple(written["grad_norms"])})
     with open_checkpoint(checkpoint) as source, CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
         state = E2eState(work_dir / "e2e-qp", identity)
-        if current() is not None:
+        if joined() is not None:
             windows = tensor_fingerprint(data.input_ids, data.labels)
             places = {"checkpoint": str(checkpoint.absolute()), "state": str(state.folder.absolute())}
             give_order("e2e-qp", windows=windows, **places)
-        trainer, after, peak = train_scales(source, data, val, settings, state, reporter, trust_remote_code)
+        with together():
+            trainer, after, peak = train_scales(source, data, val, settings, state, reporter, trust_remote_code)
         packed = trainer.packed
         report = E2eReport(
             losses=tuple(trainer.losses),

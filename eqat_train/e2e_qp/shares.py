@@ -15,7 +15,7 @@ from formats.errors import InputError
 
 from ..data import NO_LOSS, TokenWindows
 from ..ranks.gradients import sum_gradients_
-from ..ranks.group import current, largest, own_part, size
+from ..ranks.group import current, joined, largest, own_part, size
 
 __all__ = ["check_batch", "check_same_progress", "own_windows", "sum_step_"]
 
@@ -26,10 +26,11 @@ def check_batch(batch_size: int) -> None:
     Raises:
         InputError: it is not a multiple of their number.
     """
-    if batch_size % size():
+    ranks = joined()
+    if ranks is not None and batch_size % ranks.size:
         raise InputError(
-            f"--e2e-batch {batch_size} windows a step cannot be shared evenly by {size()} ranks; use --e2e-batch "
-            f"{-(-batch_size // size()) * size()}, or a number of ranks that divides {batch_size}"
+            f"--e2e-batch {batch_size} windows a step cannot be shared evenly by {ranks.size} ranks; use --e2e-batch "
+            f"{-(-batch_size // ranks.size) * ranks.size}, or a number of ranks that divides {batch_size}"
         )
 
 

@@ -16,7 +16,7 @@ from ..block_ap.following import follow_block_ap
 from ..e2e_qp.following import follow_e2e_qp
 from ..models.loading import load_tokenizer
 from ..options import TrainConfig
-from ..ranks.group import current
+from ..ranks.group import joined
 from ..ranks.orders import orders, wait_for_all
 from ..reporting.progress import Reporter
 from ..resume.identity import tensor_fingerprint
@@ -79,7 +79,7 @@ _STAGES = {"block-ap": _block_ap, "e2e-qp": _e2e_qp}
 
 
 def _check_windows(stage: str, expected: str, *windows: Tensor) -> None:
-    ranks = current()
+    ranks = joined()
     if tensor_fingerprint(*windows) != expected:
         raise InputError(
             f"rank {ranks.rank if ranks else 0} reads other training windows for {stage} than rank 0; --data and the "

@@ -25,7 +25,7 @@ from ..config import save_config
 from ..e2e_qp.run import run_e2e_qp
 from ..models.loading import load_tokenizer
 from ..options import TrainConfig
-from ..ranks.group import current
+from ..ranks.group import joined
 from ..ranks.orders import wait_for_all
 from ..reporting.progress import Reporter
 from ..reporting.reporters import CompositeReporter, EventRecorder, LogFileReporter, StageReporter
@@ -95,7 +95,7 @@ class _Run:
         self.files = CompositeReporter(LogFileReporter(work.path / LOG_FILE), self.recorder)
         self.reporter = reporter = CompositeReporter(shown, self.files)
         self.device, dtype = compute_target(self.config)
-        if (ranks := current()) is not None:
+        if (ranks := joined()) is not None:
             reporter.message(f"{ranks.size} ranks train together ({ranks.backend}); rank 0 measures and writes")
         for note in plan.notes:
             reporter.message(note)

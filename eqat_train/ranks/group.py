@@ -1,9 +1,15 @@
-"""This process among the ranks, and the reductions that training needs. Alone, every value is its own mean and sum."""
+"""This process among the ranks, and the reductions that training needs.
+
+Ranks act together only inside ``together``, which every rank enters for a stage that they share. Outside of it, and in
+a process that torchrun did not start as one of several, each value is its own mean and sum, so that what rank 0 does by
+itself never waits for a rank that is not there.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,6 +25,7 @@ __all__ = [
     "count_of_ranks",
     "current",
     "join",
+    "joined",
     "largest",
     "leave",
     "local_size",
@@ -27,6 +34,7 @@ __all__ = [
     "rank",
     "size",
     "suffixed",
+    "together",
     "total",
 ]
 
@@ -58,26 +66,43 @@ class Ranks:
 
 
 _joined: Ranks | None = None
+_acting: Ranks | None = None
+
+
+def joined() -> Ranks | None:
+    """The ranks of this run, acting together or not; None for a process alone."""
+    return _joined
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, the ranks act together; nothing changes in a process alone."""
+    global _acting  # noqa: PLW0603
+    _acting = _joined
+    try:
+        yield
+    finally:
+        _acting = None
 
 
 def current() -> Ranks | None:
-    """The ranks of this run; None for a process alone."""
-    return _joined
+    """The ranks that act together now; None for a process that acts alone."""
+    return _acting
 
 
 def rank() -> int:
     """Of this process, from 0."""
-    return 0 if _joined is None else _joined.rank
+    return 0 if _acting is None else _acting.rank
 
 
 def size() -> int:
-    """Processes that train together."""
-    return 1 if _joined is None else _joined.size
+    """Processes that act together now."""
+    return 1 if _acting is None else _acting.size
 
 
 def local_size() -> int:
     """Processes among them on this machine."""
-    return 1 if _joined is None else _joined.local_size
+    return 1 if _acting is None else _acting.local_size
 
 
 def join(device: str, variables: Mapping[str, str] = os.environ) -> Ranks | None:
@@ -142,7 +167,7 @@ def own_part(count: int) -> slice:
 
 def total(tensor: Tensor) -> Tensor:
     """Sum over the ranks, the same bits on each."""
-    if _joined is None:
+    if _acting is None:
         return tensor
     tensor = tensor.clone()
     dist.all_reduce(tensor)
@@ -151,19 +176,19 @@ def total(tensor: Tensor) -> Tensor:
 
 def mean(tensor: Tensor) -> Tensor:
     """Mean over the ranks, the same bits on each."""
-    return tensor if _joined is None else total(tensor) / _joined.size
+    return tensor if _acting is None else total(tensor) / _acting.size
 
 
 def count_of_ranks(value: int) -> int:
     """Sum of the ranks' values."""
-    return value if _joined is None else int(total(torch.tensor(value, dtype=torch.int64, device=_joined.device)))
+    return value if _acting is None else int(total(torch.tensor(value, dtype=torch.int64, device=_acting.device)))
 
 
 def largest(value: int) -> int:
     """The largest of the ranks' values."""
-    if _joined is None:
+    if _acting is None:
         return value
-    values = torch.tensor(value, dtype=torch.int64, device=_joined.device)
+    values = torch.tensor(value, dtype=torch.int64, device=_acting.device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)
 
@@ -176,4 +201,4 @@ def agreed(value: bool) -> bool:
 def suffixed(name: str) -> str:
     """A file name of this rank's own: ``train.bin`` is ``train.rank3.bin`` on rank 3."""
     stem, dot, ending = name.rpartition(".")
-    return name if _joined is None else f"{stem}.rank{_joined.rank}{dot}{ending}"
+    return name if _acting is None else f"{stem}.rank{_acting.rank}{dot}{ending}"

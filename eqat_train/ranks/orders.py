@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .group import Ranks, current
+from .group import Ranks, joined
 
 __all__ = ["OtherRankFailed", "failures", "give_order", "note_failure", "orders", "wait_for_all"]
 
@@ -27,7 +27,7 @@ def give_order(kind: str, **values: Any) -> None:
         values: JSON values.
     """
     global _given  # noqa: PLW0603
-    ranks = current()
+    ranks = joined()
     if ranks is not None and ranks.rank == 0:
         ranks.store.set(f"order/{_given}", json.dumps({"order": kind, **values}))
         _given += 1
@@ -36,7 +36,7 @@ def give_order(kind: str, **values: Any) -> None:
 def orders() -> Iterator[dict[str, Any]]:
     """The orders of rank 0, as they come; ends with the order ``end``."""
     global _taken  # noqa: PLW0603
-    ranks = current()
+    ranks = joined()
     while ranks is not None:
         order = json.loads(_wait(ranks, f"order/{_taken}"))
         _taken += 1
@@ -52,7 +52,7 @@ def wait_for_all() -> None:
         OtherRankFailed: a rank has failed meanwhile.
     """
     global _meetings  # noqa: PLW0603
-    ranks = current()
+    ranks = joined()
     if ranks is None:
         return
     _meetings += 1
@@ -63,14 +63,14 @@ def wait_for_all() -> None:
 
 def note_failure(text: str) -> None:
     """Tells the other ranks that this one ends, and why."""
-    ranks = current()
+    ranks = joined()
     if ranks is not None:
         ranks.store.set(f"failed/{ranks.rank}", text)
 
 
 def failures() -> dict[int, str]:
     """Ranks other than this one that failed, and why."""
-    ranks = current()
+    ranks = joined()
     if ranks is None:
         return {}
     others = (number for number in range(ranks.size) if number != ranks.rank)

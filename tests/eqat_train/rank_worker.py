@@ -25,7 +25,7 @@ from eqat_train.e2e_qp.trainer import Trainer
 from eqat_train.pipeline.following import follow
 from eqat_train.pipeline.train import train
 from eqat_train.ranks.divergence import RanksDifferError
-from eqat_train.ranks.group import rank
+from eqat_train.ranks.group import joined
 from eqat_train.ranks.orders import give_order
 from eqat_train.ranks.together import RankLostError, run_together
 from eqat_train.reporting.progress import Reporter
@@ -33,6 +33,8 @@ from eqat_train.reporting.progress import Reporter
 seen: dict[str, Any] = {"samples": [], "said": [], "ended": {}}
 
 
+# Ranks see fewer tokens of an expert than it takes to be trained, and together enough.
+MIXTURE = {"model": "mixtral", "min_expert_tokens": 100}
 shared: list[SharedWords] = []
 
 
@@ -52,7 +54,8 @@ class Listener(Reporter):
 def changed(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Inside, a function is another one on rank 1."""
     before = getattr(owner, name)
-    if rank():
+    ranks = joined()
+    if ranks is not None and ranks.rank:
         setattr(owner, name, make(before))
     try:
         yield
@@ -105,6 +108,7 @@ def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
     ends("whole", "whole")
     ActivationStore.__init__ = make  # type: ignore[method-assign]
     ends("resumed", "resumed")
+    ends("mixture", "mixture", **MIXTURE)
     make_words = SharedWords.__init__
     SharedWords.__init__ = lambda words, ranks: shared.append(words) or make_words(words, ranks)  # type: ignore
     ends("shared", "shared", e2e_share="on")

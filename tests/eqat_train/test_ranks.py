@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from rank_worker import MIXTURE
 from safetensors.torch import load_file
+from tiny_models import save_tiny_model
 
 from eqat_train.block_ap import BlockApSettings
 from eqat_train.block_ap.shares import own_samples, own_settings
@@ -62,6 +64,8 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(folder)
     try:
         train(build_config(settings | {"out": "alone"}), Reporter())
+        save_tiny_model(Path("mixtral"), "mixtral")
+        train(build_config(settings | MIXTURE | {"out": "alone-mixture"}), Reporter())
         with pytest.raises(KeyboardInterrupt):
             train(build_config(settings | {"out": "resumed"}), StopAfterTheFirstBlock())
     finally:
@@ -85,7 +89,7 @@ def told(made: Path) -> list[dict[str, Any]]:
 def report(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Events of a run by kind."""
     events = json.loads((folder / "training_report.json").read_text(encoding="utf-8"))["events"]
-    return {kind: [event for event in events if event["event"] == kind] for kind in ("block", "e2e_step")}
+    return {kind: [event for event in events if event["event"] == kind] for kind in ("block", "e2e_step", "experts")}
 
 
 def assert_same_training(one: Path, other: Path) -> None:
@@ -123,6 +127,14 @@ def test_each_rank_holds_its_half_of_the_hidden_states(told: list[dict[str, Any]
 def test_ranks_go_on_from_what_one_process_has_finished(made: Path, told: list[dict[str, Any]]) -> None:
     assert any("1 of 2 blocks are finished" in text for text in told[0]["said"])
     assert_same_training(made / "resumed", made / "alone")
+
+
+def test_experts_that_only_some_ranks_use_are_trained_alike(made: Path) -> None:
+    assert_same_training(made / "mixture", made / "alone-mixture")
+    experts = [report(made / name)["experts"] for name in ("mixture", "alone-mixture")]
+    assert [event["tokens"] for event in experts[0]] == [event["tokens"] for event in experts[1]]
+    trained = [100 <= seen < 200 for event in experts[0] for seen in event["tokens"]]  # a rank saw half of them or so
+    assert any(trained)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_they_go_on_to_the_same_bytes(
@@ -167,7 +179,9 @@ def test_only_rank_0_leaves_files(made: Path) -> None:
 @pytest.fixture
 def second_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is rank 1 of 3, as far as shares go."""
-    monkeypatch.setattr(group, "_joined", group.Ranks(1, 3, 3, torch.device("cpu"), "gloo", None))  # type: ignore[arg-type]
+    ranks = group.Ranks(1, 3, 3, torch.device("cpu"), "gloo", None)  # type: ignore[arg-type]
+    for name in ("_joined", "_acting"):
+        monkeypatch.setattr(group, name, ranks)
 
 
 @pytest.mark.usefixtures("second_of_three")
