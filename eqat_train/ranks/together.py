@@ -2,20 +2,22 @@
 
 A rank that fails leaves its reason in the store and ends; torchrun then ends the others. Rank 0 says what went wrong
 when it can; a rank whose reason rank 0 does not have itself says it too, with its number. A rank that waits inside
-NCCL for one that is gone cannot act on a signal, so a thread ends it some seconds after the signal has come, before
-torchrun kills it.
+NCCL for one that is gone cannot act on a signal, so a thread ends it when a signal has come and a rank is gone, or half
+a minute has passed.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -131,16 +133,54 @@ def _ended_by_signals(ranks: Ranks) -> Iterator[None]:
     def watch() -> None:
         number = os.read(reading, 1)
         os.close(reading)
-        if not number or ended.wait(GRACE):
+        if not number:
+            return
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and not _another_is_gone(ranks):
+            if ended.wait(HEARSAY):
+                return
+        if ended.wait(HEARSAY):
             return
         if not ranks.rank:
             print(f"error: stopped while it waited for another rank; {KEPT}", file=sys.stderr, flush=True)
         os._exit(128 + number[0])
 
-    threading.Thread(target=watch, daemon=True).start()
+    ranks.store.set(f"process/{ranks.rank}", f"{socket.gethostname()} {os.getpid()}")
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
         yield
+    except BaseException:
+        _abort(ranks)
+        raise
     finally:
         ended.set()
         signal.set_wakeup_fd(before)
         os.close(writing)
+        thread.join(GRACE)
+
+
+def _another_is_gone(ranks: Ranks) -> bool:
+    """Whether a rank has failed, or has no process any more; of other machines only the first is known."""
+    with suppress(RuntimeError):  # torchrun may be gone, and its store
+        for number in range(ranks.size):
+            if ranks.store.check([f"process/{number}"]):
+                host, process = ranks.store.get(f"process/{number}").decode().split()
+                if host == socket.gethostname() and not _runs(int(process)):
+                    return True
+        return bool(failures())
+    return True
+
+
+def _runs(process: int) -> bool:
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _abort(ranks: Ranks) -> None:
+    """Ends what NCCL has under way: it would wait for a rank that is gone, and this process could not end."""
+    if ranks.backend == "nccl" and dist.group.WORLD is not None:
+        with suppress(RuntimeError):
+            dist.group.WORLD.abort()
