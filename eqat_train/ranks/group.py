@@ -123,15 +123,17 @@ def join(device: str, variables: Mapping[str, str] = os.environ) -> Ranks | None
     place = _own_device(device, local, local_count)
     backend = "nccl" if place.type == "cuda" else "gloo"
     store, *_ = next(iter(dist.rendezvous("env://", number, count, timeout=timedelta(minutes=10))))
+    # torchrun --max-restarts begins anew with another count; what earlier ranks have left in the store is not ours
+    attempt = f"eqat/{variables.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("tensors", store),
+        store=dist.PrefixStore(f"{attempt}/tensors", store),
         rank=number,
         world_size=count,
         timeout=PATIENCE,
         device_id=place if place.type == "cuda" else None,
     )
-    _joined = Ranks(number, count, local_count, place, backend, dist.PrefixStore("eqat", store))
+    _joined = Ranks(number, count, local_count, place, backend, dist.PrefixStore(attempt, store))
     return _joined
 
 
