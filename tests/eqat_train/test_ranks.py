@@ -146,6 +146,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_they_go_on_to_th
     assert all(torch.equal(whole[name], stopped[name]) for name in whole) and whole.keys() == stopped.keys()
 
 
+def test_gradients_reduced_beside_backward_give_the_same_bytes(made: Path, told: list[dict[str, Any]]) -> None:
+    leaves = 7 * 3 + 2  # of a block: weight, scales and zeros of each linear, and two norms
+    assert [rank["overlapped"] for rank in told] == [leaves * 6 * 2] * 2  # six steps, two blocks
+    whole, stopped = (load_file(made / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
 def test_packed_weights_in_shares_train_the_very_same_scales(made: Path, told: list[dict[str, Any]]) -> None:
     whole, shared = (load_file(made / name / "model.safetensors") for name in ("whole", "shared"))
     assert all(torch.equal(whole[name], shared[name]) for name in whole)
