@@ -20,6 +20,7 @@ from eqat_export.inspect import inspect_checkpoint
 from eqat_export.lint import get_engine
 from eqat_export.lint.judge import Verdict, judge
 from eqat_export.memory import keep_freed_memory
+from eqat_export.parallel.ranks import find_group, serve_rank
 from eqat_export.runtime_check import RuntimeResult, check_runtime
 from eqat_export.runtimes import get_runtime
 from eqat_export.verify import verify_checkpoint
@@ -44,7 +45,11 @@ def export_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """``eqat export``."""
+    """``eqat export``; of several ranks, what rank 0 does, and its part of the work for every other."""
+    group = find_group()
+    if group is not None and group.rank:
+        serve_rank(group)
+        return
     silent = quiet or as_json
     chosen, size = read_options(options, to), parse_size(shard_size)
     if checkpoint is None:
@@ -72,6 +77,7 @@ def export_command(
             shard_size=size,
             force=force,
             workers=workers,
+            group=group,
             start=start,
         )
     found_again = _remember(conversion.out, checkpoint, to)

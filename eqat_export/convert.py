@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from eqat_export.encoding import EncodedPart, PartReport, copy_tensor, encode_part, passed_through
-from eqat_export.parallel.plan import Crew, choose_crew, plan_tasks
+from eqat_export.parallel.plan import choose_crew, plan_tasks
 from eqat_export.parallel.processes import Processes
+from eqat_export.parallel.ranks import Group, Ranks
 from eqat_export.parallel.schedule import Task, spread
 from eqat_export.rounding import Rounding
 from eqat_export.workers import Job, in_order
@@ -116,6 +117,7 @@ def convert(
     shard_size: int = 5 * 10**9,
     force: bool = False,
     workers: int | None = None,
+    group: Group | None = None,
     start: Callable[[int], Callable[[str], None]] = lambda total: lambda name: None,
 ) -> Conversion:
     """Writes the checkpoint ``source`` to ``out`` in another format.
@@ -129,6 +131,7 @@ def convert(
         shard_size: bytes of a file.
         force: replace an existing checkpoint at ``out``.
         workers: processes that encode and write; 1 is this one alone, None decides by cores and size.
+        group: the ranks that share the work, this being rank 0; the others are in ``serve_rank``.
         start: called with the number of tensors to write; returns what is called with each layer's name when done.
 
     Raises:
@@ -148,7 +151,7 @@ def convert(
             raise _with_ways_out(error, checkpoint, out) from error
         result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
         tasks = plan_tasks(checkpoint, form, writer)
-        crew = choose_crew(workers, checkpoint, tasks, writer)
+        crew = choose_crew(workers, checkpoint, tasks, writer, group)
         if crew.workers > 1 and isinstance(writer, PlacingWriter):
             settings = {
                 "source": str(source.resolve()),
@@ -159,7 +162,8 @@ def convert(
                 "keep_memory": crew.keep_memory,
                 "durable": False,
             }
-            parts = _spread(tasks, crew, settings, writer)
+            team = Processes(crew.workers, settings) if group is None else Ranks(group, settings)
+            parts = _spread(tasks, team, crew.memory, writer)
         else:
             parts = _alone(tasks, checkpoint, form, writer, out)
         with writer, closing(parts):
@@ -229,11 +233,12 @@ def _alone(
 
 
 def _spread(
-    tasks: Sequence[Task], crew: Crew, settings: Mapping[str, Any], writer: PlacingWriter
+    tasks: Sequence[Task], team: Processes, memory: int, writer: PlacingWriter
 ) -> Generator[PartReport, None, None]:
-    """Has everything done by worker processes."""
-    with Processes(crew.workers, dict(settings)) as team:
-        yield from spread(tasks, team, writer.reserve, crew.memory)
+    """Has everything done by other processes."""
+    with team:
+        yield from spread(tasks, team, writer.reserve, memory)
+        team.finish()
 
 
 def _work(task: Task, checkpoint: Checkpoint, form: Format) -> Callable[[], EncodedPart]:

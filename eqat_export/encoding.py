@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eqat_export.code_rounding import measure_codes
 from eqat_export.rounding import Rounding
 from formats.affine import dequantize
 from formats.atomic_output import writing
@@ -198,6 +199,8 @@ def _measure(
         rounding.add_groups(name, known.group_error, layer.scales)
         rounding.tensors += 1
         return Exactness.ROUNDED
+    if kind is not None and isinstance(form, DenseFormat) and measure_codes(form, name, layer, form.dtype, rounding):
+        return kind
     plain = layer.unpack()
     if kind is None:
         kind = max((form.exactness(part) for _, part in plain.row_blocks()), key=list(Exactness).index)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from eqat_export.encoding import layer_memory
+from eqat_export.parallel.ranks import Group
 from eqat_export.parallel.schedule import Task
 from formats.base import Format
 from formats.checkpoint_reader import CheckpointReader
@@ -56,11 +57,17 @@ def plan_tasks(checkpoint: Checkpoint, form: Format, writer: ModelWriter) -> lis
     return tasks
 
 
-def choose_crew(asked: int | None, checkpoint: Checkpoint, tasks: Sequence[Task], writer: ModelWriter) -> Crew:
+def choose_crew(
+    asked: int | None,
+    checkpoint: Checkpoint,
+    tasks: Sequence[Task],
+    writer: ModelWriter,
+    group: Group | None = None,
+) -> Crew:
     """How many processes an export takes, and the memory that is left for its parts.
 
     Without a number: as many as torch may use threads, if the source is large enough that they pay for their start, and
-    no more than the largest parts leave memory for.
+    no more than the largest parts leave memory for. Ranks are what torchrun started.
 
     Raises:
         InputError: more than one is asked for where they cannot be had.
@@ -68,17 +75,21 @@ def choose_crew(asked: int | None, checkpoint: Checkpoint, tasks: Sequence[Task]
     refusal = _refusal(writer)
     if asked is not None and asked < 1:
         raise InputError(f"--workers is {asked}; it is a positive number of processes")
-    if asked is not None and asked > 1 and refusal:
-        raise InputError(f"--workers {asked}: {refusal}; use --workers 1")
+    if asked is not None and group is not None:
+        raise InputError("--workers is for one process, and torchrun started several; leave one of the two out")
+    if ((asked or 1) > 1 or group is not None) and refusal:
+        what = f"--workers {asked}" if group is None else "torchrun"
+        raise InputError(f"{what}: {refusal}; export with one process")
     largest = max(task.memory for task in tasks)
-    workers = asked
+    workers = asked if group is None else -(-group.size // group.machines)
     if workers is None:
         size = sum(info.nbytes for info in checkpoint.reader.tensors.values())
         fitting = max(1, (LIMIT - _PARENT) // (_WORKER + largest))
         wanted = min(torch.get_num_threads(), _MOST, fitting)
         workers = wanted if size >= _WORTHWHILE and not refusal else 1
     memory = max(LIMIT - _PARENT - workers * _WORKER, _LEAST)
-    return Crew(workers, memory, keep_memory=workers * largest <= memory)
+    machines = 1 if group is None else group.machines
+    return Crew(workers * machines, memory * machines, keep_memory=workers * largest <= memory)
 
 
 def _refusal(writer: ModelWriter) -> str | None:

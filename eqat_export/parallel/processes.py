@@ -47,6 +47,9 @@ class Processes:
         how = "was killed, perhaps for want of memory" if code == -signal.SIGKILL else f"ended with {code}"
         return CheckpointError(f"{channel.name} {how}; nothing was written; try again, or with --workers 1")
 
+    def finish(self) -> None:
+        """Returns when what was written needs its writers no more."""
+
     def __enter__(self) -> Processes:
         try:
             for i in range(self._count):

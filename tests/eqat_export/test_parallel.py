@@ -48,6 +48,9 @@ class Threads:
     def loss(self, channel: Channel) -> Exception:
         return AssertionError(channel.name)
 
+    def finish(self) -> None:
+        pass
+
     def __enter__(self) -> Threads:
         return self
 
