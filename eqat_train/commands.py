@@ -19,6 +19,7 @@ from .evaluate import generate_sample, perplexity
 from .hardware import resolve_device, resolve_dtype
 from .inference.session import GenerationOptions, start_generation
 from .models.loading import load_config, load_dense_model, load_tokenizer, resolve_model
+from .pipeline.dry_run import dry_run as estimate
 from .pipeline.following import follow
 from .pipeline.train import train
 from .ranks.together import run_together
@@ -28,10 +29,13 @@ from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
 __all__ = ["EvalOptions", "GenerationOptions", "eval_command", "generate_command", "train_command"]
 
 
-def train_command(given: Mapping[str, Any], *, config: Path | None, as_json: bool, quiet: bool) -> None:
+def train_command(given: Mapping[str, Any], *, config: Path | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """``eqat train``."""
     silence_libraries()
     settings = build_config(given, config)
+    if dry_run:
+        estimate(settings, choose_reporter(as_json, quiet))
+        return
 
     def lead() -> None:
         result = train(settings, choose_reporter(as_json, quiet))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from formats import history
 from formats.checkpoint import CheckpointWriter
 from formats.errors import InputError
 from formats.model import open_checkpoint
@@ -91,6 +93,7 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     shard_size = parse_size(saved.shard_size)
     work = Path(saved.work) if saved.work is not None else out.with_name(f"{out.name}.work")
     _check_places({"MODEL": model, "--out": out, "--keep-block-ap": keep, "--work": work})
+    _check_writable({"--out": out, "--keep-block-ap": keep, "--work": work})
     for place in (out, keep):
         if place is not None and not (recorded_output(work, place) and not saved.restart):
             CheckpointWriter(place, shard_size=shard_size, force=force)  # refuses what it may not replace
@@ -156,6 +159,21 @@ def _check_places(places: Mapping[str, Path | None]) -> None:
         for (inner, inside), (outer, outside) in (((first, one), (second, other)), ((second, other), (first, one))):
             if outer != "MODEL" and inside.is_relative_to(outside):
                 raise InputError(f"{inner} {inside} lies in {outer} {outside}; give folders beside each other")
+
+
+def _check_writable(places: Mapping[str, Path | None]) -> None:
+    """Refuses folders that cannot be made, before hours of work; so does a working directory without a history."""
+    for name, place in places.items():
+        if place is not None and (parent := _unwritable(place)):
+            raise InputError(f"{name} {place}: {parent} is read-only here; choose another {name}")
+    if parent := _unwritable(history.HISTORY_FILE):
+        raise InputError(f"{parent}, where eqat notes what was made, is read-only here; start it in another folder")
+
+
+def _unwritable(place: Path) -> Path | None:
+    """The nearest folder above a place if nothing can be made in it."""
+    parent = next(folder for folder in place.absolute().parents if folder.exists())
+    return None if os.access(parent, os.W_OK | os.X_OK) else parent
 
 
 def _size(folder: Path) -> float:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from .event_text import describe_event
+from .plan_table import print_plan
 from .progress import Reporter, Task
 from .summary import print_evaluation, print_summary
 
@@ -47,6 +48,8 @@ class LineReporter(Reporter):
             print_summary(self.console, fields)
         elif kind == "eval":
             print_evaluation(self.console, fields)
+        elif kind == "plan":
+            print_plan(self.console, fields)
         elif line := describe_event(kind, fields):
             self.console.print(Text(line), soft_wrap=True)
 
