@@ -4,8 +4,9 @@ It has what a Llama lacks (norms of queries and keys, tied embeddings) and reads
 trained from scratch on the calibration text alone, so it is only as good as that allows: good enough that what
 quantization costs can be measured. One seed gives one model on one machine.
 
-    python -m benchmarks.second_model --tokenizer shared/models/ref-28m --out /tmp/qwen3-21m \
-        --data shared/data/calibration.txt.xz --evaluate shared/data/wikitext2_test_raw.txt.xz shared/data/heldout.txt.xz
+    cd shared/data
+    python -m benchmarks.second_model --tokenizer ../models/ref-28m --data calibration.txt.xz \
+        --evaluate wikitext2_test_raw.txt.xz heldout.txt.xz --out qwen3-21m
 """
 
 from __future__ import annotations

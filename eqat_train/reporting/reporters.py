@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .event_text import describe_event
 from .progress import Reporter, Task
-from .summary import print_evaluation, print_summary
+from .summary import print_evaluation, print_summary, print_tasks
 
 __all__ = [
     "CompositeReporter",
@@ -47,6 +47,8 @@ class LineReporter(Reporter):
             print_summary(self.console, fields)
         elif kind == "eval":
             print_evaluation(self.console, fields)
+        elif kind == "tasks":
+            print_tasks(self.console, fields)
         elif line := describe_event(kind, fields):
             self.console.print(Text(line), soft_wrap=True)
 
