@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	@echo "installing eqat and its test tools into $(VENV) (a few minutes the first time)"
-	$(INSTALL) -e '.[dev,gptq,compressed-tensors,gguf,mlx,onnx,auto-round]' onnxruntime-genai
+	$(INSTALL) -e '.[dev,gptq,compressed-tensors,gguf,mlx,onnx,auto-round,eval]' onnxruntime-genai
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-runtimes: $(VENV)/.installed-dev

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from .options import TrainConfig
-from .quiet import quiet_imports
+from .quiet import quiet_bars, quiet_imports
 
 __all__ = ["app"]
 
@@ -31,9 +31,11 @@ TRAIN_HELP = (
     "Settings come from the command line, then from --config, then from the defaults, which are the paper's."
 )
 EVAL_HELP = (
-    "Measure perplexity on non-overlapping windows of a text.\n\n"
-    "Documents are tokenized without special tokens, each followed by the end-of-text token, and concatenated; "
-    "the first token of a window is not predicted."
+    "Measure perplexity on non-overlapping windows of a text, or score downstream tasks.\n\n"
+    "Perplexity (--data): documents are tokenized without special tokens, each followed by the end-of-text token, "
+    "and concatenated; the first token of a window is not predicted.\n\n"
+    "Tasks (--tasks): run by the lm-eval harness (pip install 'eqat\\[eval]') with its own prompts, few-shot "
+    "examples and metrics. Their data comes from the hub, or from a file that a task file of your own names."
 )
 GENERATE_HELP = (
     "Continue a prompt, and print the text as it is generated.\n\n"
@@ -114,19 +116,46 @@ def evaluate(
         str, typer.Argument(metavar="MODEL_OR_CHECKPOINT", help="Folder in any known format, or a hub id.")
     ],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FILE|DATASET",
             help="Text: .txt, .txt.xz, .jsonl or .parquet file, or datasets id name\\[:config\\[:split]] (split test).",
         ),
-    ],
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Read only this many tokens of the text.")] = None,
     seq_len: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens in a window. Default 2048, or the model's context if shorter."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows a forward pass. Default by their length.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Also write a sample text that begins so.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Windows a forward pass, by default by their length; of tasks 16.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Tasks, groups or tags of lm-eval, or task files (.yaml).",
+            rich_help_panel="Tasks",
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="More task files; Python functions that they name are run.",
+            rich_help_panel="Tasks",
+        ),
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a prompt. Default: the task's.", rich_help_panel="Tasks")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only a task's first so many documents.", rich_help_panel="Tasks")
+    ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Keep quantized layers packed: less memory, for models that need it.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option(help="Write a sample text that begins so.")] = None,
     sample_tokens: Annotated[int, typer.Option(min=1, help="Length of the sample text.")] = 60,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the sample text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -141,14 +170,21 @@ def evaluate(
 ) -> None:
     """Runs ``eqat eval``."""
     quiet_imports()
+    if tasks is not None:
+        quiet_bars()
     from .commands import EvalOptions, eval_command  # noqa: PLC0415
 
     options = EvalOptions(
         model=model,
         data=data,
         tokens=tokens,
+        tasks=tasks,
+        include_path=include_path,
+        few_shot=few_shot,
+        limit=limit,
         seq_len=seq_len,
         batch=batch,
+        packed=packed,
         prompt=prompt,
         sample_tokens=sample_tokens,
         seed=seed,

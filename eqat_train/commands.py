@@ -13,10 +13,14 @@ import huggingface_hub.utils
 import transformers
 from rich.console import Console
 
+from formats.errors import InputError
+from formats.model import open_checkpoint
+
 from .config import build_config, context_window
 from .data import evaluation_windows, open_source, token_stream
 from .evaluate import generate_sample, perplexity
 from .hardware import resolve_device, resolve_dtype
+from .inference.loading import load_model
 from .inference.session import GenerationOptions, start_generation
 from .models.loading import load_config, load_dense_model, load_tokenizer, resolve_model
 from .pipeline.dry_run import dry_run as estimate
@@ -25,6 +29,7 @@ from .pipeline.train import train
 from .ranks.together import run_together
 from .reporting.progress import Reporter
 from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
+from .tasks import TaskSettings, check_harness, run_tasks
 
 __all__ = ["EvalOptions", "GenerationOptions", "eval_command", "generate_command", "train_command"]
 
@@ -50,10 +55,15 @@ class EvalOptions:
     """Options of ``eqat eval``; its help says what they are."""
 
     model: str
-    data: str
+    data: str | None = None
     tokens: int | None = None
+    tasks: str | None = None
+    include_path: Path | None = None
+    few_shot: int | None = None
+    limit: int | None = None
     seq_len: int | None = None
     batch: int | None = None
+    packed: bool = False
     prompt: str | None = None
     sample_tokens: int = 60
     seed: int = 0
@@ -65,39 +75,76 @@ class EvalOptions:
 def eval_command(options: EvalOptions, *, as_json: bool, quiet: bool) -> None:
     """``eqat eval``."""
     silence_libraries()
+    tasks = _task_settings(options)
+    if options.data is None and tasks is None and options.prompt is None:
+        raise InputError("nothing to evaluate: give --data for perplexity, --tasks, or --prompt for a sample")
     reporter = choose_reporter(as_json, quiet)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    folder = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
-    architecture = load_config(folder, trust_remote_code=options.trust_remote_code).get_text_config()
+    trust = options.trust_remote_code
+    folder = resolve_model(options.model, trust_remote_code=trust)
+    architecture = load_config(folder, trust_remote_code=trust).get_text_config()
     notes: list[str] = []
     seq_len = context_window("seq_len", options.seq_len, getattr(architecture, "max_position_embeddings", None), notes)
-    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
-    for note in notes:
-        reporter.message(note)
-    stream = token_stream(open_source(options.data, default_split="test"), tokenizer, reporter)
-    windows = evaluation_windows(stream, seq_len, options.tokens)
-    model = load_dense_model(folder, dtype, device, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    windows = None
+    if options.data is not None:
+        for note in notes:
+            reporter.message(note)
+        stream = token_stream(open_source(options.data, default_split="test"), tokenizer, reporter)
+        windows = evaluation_windows(stream, seq_len, options.tokens)
+    if options.packed:
+        with open_checkpoint(folder) as checkpoint:
+            model = load_model(checkpoint, dtype, device, trust_remote_code=trust)
+    else:
+        model = load_dense_model(folder, dtype, device, trust_remote_code=trust)
+    value = sample = None
     started = time.perf_counter()
-    value = perplexity(model, windows, reporter, batch_size=options.batch)
+    if windows is not None:
+        value = perplexity(model, windows, reporter, batch_size=options.batch)
     seconds = time.perf_counter() - started
-    sample = None
     if options.prompt is not None:
         sample = generate_sample(model, tokenizer, options.prompt, options.sample_tokens, options.seed)
-    reporter.event(
-        "eval",
-        model=options.model,
-        data=options.data,
-        perplexity=value,
-        tokens=windows.loss_tokens,
-        windows=len(windows),
-        seq_len=seq_len,
-        seconds=seconds,
-        prompt=options.prompt,
-        sample=sample,
-    )
+    if windows is not None or sample is not None:
+        reporter.event(
+            "eval",
+            model=options.model,
+            data=options.data,
+            perplexity=value,
+            tokens=windows.loss_tokens if windows else None,
+            windows=len(windows) if windows else None,
+            seq_len=seq_len,
+            seconds=seconds,
+            prompt=options.prompt,
+            sample=sample,
+        )
+    if quiet and not as_json and (value is not None or sample is not None):
+        print(sample if value is None else value)
+    results = run_tasks(model, tokenizer, tasks, reporter) if tasks else []
     if quiet and not as_json:
-        print(value)
+        for result in results:
+            print(result.task, result.metric, result.value)
+
+
+def _task_settings(options: EvalOptions) -> TaskSettings | None:
+    """What ``--tasks`` and its companions say; None without it."""
+    if options.tasks is None:
+        alone = {"include_path": "--include-path", "few_shot": "--few-shot", "limit": "--limit"}
+        for name, option in alone.items():
+            if getattr(options, name) is not None:
+                raise InputError(f"{option} says how to run tasks; give --tasks too")
+        return None
+    check_harness()
+    if options.include_path is not None and not options.include_path.is_dir():
+        raise InputError(f"--include-path {options.include_path} is not a folder")
+    return TaskSettings(
+        names=tuple(name.strip() for name in options.tasks.split(",") if name.strip()),
+        include_path=options.include_path,
+        few_shot=options.few_shot,
+        limit=options.limit,
+        batch=options.batch,
+        seq_len=options.seq_len,
+    )
 
 
 def generate_command(options: GenerationOptions, *, device: str, dtype: str, quiet: bool) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 
-__all__ = ["quiet_imports"]
+__all__ = ["quiet_bars", "quiet_imports"]
 
 
 def quiet_imports() -> None:
@@ -15,3 +16,8 @@ def quiet_imports() -> None:
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_bars() -> None:
+    """To be called before anything imports tqdm: lm-eval draws bars that nothing else turns off."""
+    os.environ.setdefault("TQDM_DISABLE", "1")

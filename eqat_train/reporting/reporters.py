@@ -17,7 +17,7 @@ from rich.text import Text
 from .event_text import describe_event
 from .plan_table import print_plan
 from .progress import Reporter, Task
-from .summary import print_evaluation, print_summary
+from .summary import print_evaluation, print_summary, print_tasks
 
 __all__ = [
     "CompositeReporter",
@@ -50,6 +50,8 @@ class LineReporter(Reporter):
             print_evaluation(self.console, fields)
         elif kind == "plan":
             print_plan(self.console, fields)
+        elif kind == "tasks":
+            print_tasks(self.console, fields)
         elif line := describe_event(kind, fields):
             self.console.print(Text(line), soft_wrap=True)
 
