@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 
@@ -11,7 +13,7 @@ from formats.errors import InputError
 
 from .ranks.group import current
 
-__all__ = ["DTYPES", "peak_memory", "resolve_device", "resolve_dtype"]
+__all__ = ["DTYPES", "give_back_freed_memory", "peak_memory", "resolve_device", "resolve_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,3 +58,13 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_back_freed_memory() -> None:
+    """Returns what was freed to the system, where the C library keeps it (glibc); elsewhere it does nothing.
+
+    Otherwise holes of a heap stay resident, each block's tensors come to lie in other ones, and a process grows with
+    every block though it holds no more than one.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

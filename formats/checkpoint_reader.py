@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -99,6 +100,25 @@ class CheckpointReader:
                 count = file.readinto(part.numpy().data)
             self._check_count(name, info, start + count, start + len(part))
             yield start, part
+
+    def get_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix ``[rows, columns]``, in the order asked for; nothing else is read.
+
+        Raises:
+            CheckpointError: as ``get``.
+        """
+        info = self._info(name)
+        width = info.nbytes // max(1, info.shape[0])
+        data = torch.empty(len(rows) * width, dtype=torch.uint8)
+        view, at = data.numpy().data, 0
+        with self._opened(name, info) as file:
+            for _, run in groupby(enumerate(rows), key=lambda item: item[1] - item[0]):  # rows that follow each other
+                indices = [row for _, row in run]
+                file.seek(info.offset + indices[0] * width)
+                count, wanted = file.readinto(view[at : at + len(indices) * width]), len(indices) * width
+                self._check_count(name, info, count, wanted)
+                at += wanted
+        return data.view(info.dtype).view(len(rows), *info.shape[1:])
 
     def close(self) -> None:
         """Makes further reads an error; tensors already read stay valid."""

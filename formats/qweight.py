@@ -171,4 +171,4 @@ def _act_order(g_idx: Tensor | None, scheme: QuantScheme, in_features: int) -> T
     if low < 0 or high >= groups:
         raise CheckpointError(f"g_idx spans {low}..{high}; {groups} groups allow 0..{groups - 1}")
     order = g_idx.to(torch.int32)
-    return None if torch.equal(order, _consecutive_groups(scheme, in_features)) else order
+    return None if torch.equal(order, _consecutive_groups(scheme, in_features).to(order.device)) else order

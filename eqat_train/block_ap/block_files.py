@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import safe_open
 from torch import Tensor
 
 from formats.checkpoint import CheckpointReader, CheckpointWriter
 
-from ..resume.durable import checksum, read_json, write_json, write_tensors
+from ..resume.durable import checksum, read_json, read_tensors, write_json, write_tensors
 from ..resume.stage import StageFolder
 
 __all__ = ["BlockFiles", "Blocks", "read_block"]
@@ -46,8 +45,7 @@ class Blocks(Protocol):
 
 def read_block(folder: Path, index: int) -> dict[str, Tensor]:
     """The tensors of a finished block by full name."""
-    with safe_open(_file(folder, index), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+    return dict(read_tensors(_file(folder, index)))
 
 
 def _file(folder: Path, index: int) -> Path:
@@ -125,9 +123,8 @@ class BlockFiles:
             index = owner.get(name)
             if index is not None and index not in written:
                 written.add(index)
-                with safe_open(self._file(index), framework="pt") as file:
-                    for key in file.keys():
-                        writer.add(key, file.get_tensor(key))
+                for key, tensor in read_tensors(self._file(index)):
+                    writer.add(key, tensor)
             for key, tensor in instead.get(name, {}).items():
                 writer.add(key, tensor)
             if name not in replaced and name not in instead:

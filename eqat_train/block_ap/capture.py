@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from formats.errors import InputError
 
 from ..models.loading import TensorSource, load_parameters_, unload_
+from .embedding_rows import embedding_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,6 +121,7 @@ class Capture:
         self.model, self.path, self.layers, self.source, self.device = model, path, layers, source, device
         inside = set(layers.modules())
         self._outside = {module: name for name, module in model.named_modules() if module not in inside}
+        self._rows = embedding_rows(model, layers, self._outside, source, device)
 
     def __enter__(self) -> Capture:
         self._handles = [module.register_forward_pre_hook(self._load) for module in self._outside]
@@ -130,13 +132,18 @@ class Capture:
             handle.remove()
         for module in self._outside:
             unload_(_OwnTensors(module))
+        if self._rows is not None:
+            self._rows.restore()
 
-    def _load(self, module: nn.Module, _: Any) -> None:
+    def _load(self, module: nn.Module, args: Any) -> Any:
+        if self._rows is not None and module is self._rows.module and args:
+            return self._rows.load(args)
         own = _OwnTensors(module)
         if any(tensor.is_meta for tensor in own.parameters()):
             load_parameters_(own, self._outside[module], self.source, self.device, torch.float32)
         else:
             own.to(self.device)  # buffers of modules without parameters, such as rotary embeddings
+        return None
 
     @torch.no_grad()
     def _record(self, input_ids: Tensor, recorder: _Recorder) -> Tensor:

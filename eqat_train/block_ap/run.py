@@ -299,7 +299,7 @@ class BlockApRun:
         layers: dict[str, QuantizedLinear] = {}
         for name, scheme in self._block_schemes(index).items():
             own = [full for full in tensors if full.startswith(f"{name}.")]
-            encoded = {full.removeprefix(f"{name}."): tensors.pop(full).to(self.device) for full in own}
+            encoded = {full.removeprefix(f"{name}."): tensors.pop(full) for full in own}
             layers[name] = self.format.decode(encoded, scheme)
         return layers, tensors
 

@@ -126,11 +126,12 @@ def put_numbers_(block: nn.Module, layers: Mapping[str, QuantizedLinear], tensor
 
     Args:
         block: fp32, trainable or as loaded.
-        layers: quantized layers by local name; plain fp32 linears take their places.
+        layers: quantized layers by local name, on any device; plain fp32 linears take their places.
         tensors: every other stored parameter by local name.
     """
+    device = next(block.parameters()).device
     for name, layer in layers.items():
-        block.set_submodule(name, _plain_linear(layer))
+        block.set_submodule(name, _plain_linear(layer).to(device))
     parameters = dict(block.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)

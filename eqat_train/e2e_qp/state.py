@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..resume.durable import checksum, read_json, write_json, write_tensors
+from ..resume.durable import checksum, read_json, read_tensors, write_json, write_tensors
 from ..resume.stage import StageFolder
 
 __all__ = ["E2eProgress", "E2eState"]
@@ -92,12 +91,15 @@ class E2eState:
         file = self.folder / str(record["file"])
         if not file.is_file() or checksum(file) != record["checksum"]:
             raise DamagedStateError(file)
-        tensors = load_file(file)
-        states: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(parameters))}
         with torch.no_grad():
-            for index, parameter in enumerate(parameters):
-                parameter.copy_(tensors[f"{index}.scales"])
-                states[index] = {name: tensors[f"{index}.{name}"] for name in (*MOMENTS, "step")}
+            for full, tensor in read_tensors(file):
+                number, _, name = full.partition(".")
+                parameter = parameters[int(number)]
+                if name == "scales":
+                    parameter.copy_(tensor)
+                else:
+                    states[int(number)][name] = tensor.to(parameter.device)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
         return E2eProgress(tuple(record["losses"]), tuple(record["grad_norms"]), record["val_loss_before"])

@@ -11,11 +11,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from formats.checkpoint import CheckpointReader
@@ -23,6 +24,7 @@ from formats.errors import CheckpointError, InputError
 from formats.model import Checkpoint, open_checkpoint
 
 from ..error_text import first_line
+from ..hardware import give_back_freed_memory
 from .experts import unfuse_experts_
 from .hub import resolve_model
 from .stored_names import rename_as_stored_
@@ -90,7 +92,7 @@ def build_skeleton(
     config = load_config(source, trust_remote_code=trust_remote_code) if isinstance(source, Path) else source
     text = text_part(config)
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(text or config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, ImportError) as exc:
         raise InputError(_explain(source, "model", exc)) from exc
@@ -100,6 +102,22 @@ def build_skeleton(
         with CheckpointReader(source) as reader:
             place_as_stored_(model, reader.tensors)
     return model.eval().requires_grad_(False)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Inside, ``torch.empty`` allocates nothing.
+
+    That is what layers make parameters with. ``init_empty_weights`` alone frees each one when it is registered, but the
+    holes left in the heap add up to the model's size, and training fills them with its own tensors one after the other.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -175,8 +193,11 @@ def load_parameters_(
 
 def unload_(module: nn.Module) -> None:
     """Puts what ``load_parameters_`` can read again back on the meta device; other buffers stay."""
-    for owner, local, _ in list(persistent_tensors(module)):
+    loaded = [(owner, local) for owner, local, _ in persistent_tensors(module) if not getattr(owner, local).is_meta]
+    for owner, local in loaded:
         _assign(owner, local, getattr(owner, local).detach().to("meta"))
+    if loaded:
+        give_back_freed_memory()
 
 
 def load_dense_model(

@@ -14,7 +14,7 @@ from eqat_train.models.decoder import find_decoder_layers
 from eqat_train.models.loading import build_skeleton, load_dense_model, load_parameters_, unload_
 from formats.checkpoint import CheckpointReader
 from formats.errors import InputError
-from tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_tokens
+from tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_config, tiny_tokens
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,30 @@ def test_replayed_blocks_equal_the_real_models_hidden_states(architecture: str, 
             with torch.no_grad():
                 stream = call.run(layers[index], stream)
             assert torch.equal(stream, expected[index])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])  # plain, scaled by its own module, tied
+def test_an_embedding_larger_than_a_block_is_read_by_rows_to_the_same_hidden_states(
+    architecture: str, tmp_path: Path
+) -> None:
+    def config() -> Any:
+        made = tiny_config(architecture)
+        made.vocab_size = 2049
+        made.pad_token_id = 2048  # beyond the rows of any batch
+        return made
+
+    folder = save_tiny_model(tmp_path / "model", config, dtype=torch.bfloat16)
+    tokens = torch.cat([tiny_tokens(2), torch.tensor([[2047, 2048, 5, 6] * 6])])
+    expected = load_dense_model(folder)(input_ids=tokens, output_hidden_states=True).hidden_states[0]
+    skeleton = build_skeleton(folder, torch.float32)
+    path, layers = find_decoder_layers(skeleton)
+    embedding = skeleton.get_input_embeddings()
+    with CheckpointReader(folder) as reader:
+        with Capture(skeleton, path, layers, reader, CPU) as capture:
+            assert torch.equal(capture.inputs(tokens), expected)
+            assert embedding.weight.shape == (len(tokens.unique()), 64)
+            assert torch.equal(capture.inputs(tokens[1:]), expected[1:])
+        assert embedding.weight.is_meta and embedding.weight.shape == (2049, 64) and embedding.padding_idx == 2048
 
 
 def test_layers_with_and_without_a_sliding_window_get_their_own_masks(tmp_path: Path) -> None:

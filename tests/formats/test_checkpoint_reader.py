@@ -226,3 +226,12 @@ def test_the_quantization_may_stand_under_mlx_lms_key(make_folder, key) -> None:
 def test_a_quantization_that_is_no_object_is_refused(make_folder, key) -> None:
     with pytest.raises(CheckpointError, match=f"{key} is not an object"):
         CheckpointReader(make_folder({"a": torch.ones(1)}, {key: 4}))
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1, 1], []])
+def test_rows_of_a_matrix_are_read_in_the_order_asked_for(sharded: Path, rows: list[int]) -> None:
+    with CheckpointReader(sharded) as reader:
+        assert torch.equal(reader.get_rows("a.weight", rows), TENSORS["a.weight"][rows])
+        assert torch.equal(reader.get_rows("c.qweight", [1]), TENSORS["c.qweight"][1:])
+    with pytest.raises(CheckpointError, match="is closed"):
+        reader.get_rows("a.weight", [0])
