@@ -44,12 +44,14 @@ GENERATE_HELP = (
 INTERRUPTED = 130
 
 
-def train(config: Path | None = None, as_json: bool = False, quiet: bool = False, **given: Any) -> None:
+def train(
+    config: Path | None = None, recipe: str | None = None, as_json: bool = False, quiet: bool = False, **given: Any
+) -> None:
     """Runs ``eqat train``; ``given`` holds the settings by name, None where nothing was said."""
     quiet_imports()
     from .commands import train_command  # noqa: PLC0415
 
-    train_command(given, config=config, as_json=as_json, quiet=quiet)
+    train_command(given, config=config, recipe=recipe, as_json=as_json, quiet=quiet)
 
 
 def _train_parameters() -> list[inspect.Parameter]:
@@ -59,7 +61,18 @@ def _train_parameters() -> list[inspect.Parameter]:
     file = typer.Option(
         "--config", metavar="FILE", help="YAML file with the same names, e.g. seq_len: 1024.", rich_help_panel="Data"
     )
-    extra = {"config": (Annotated[Path | None, file], None), "as_json": (Json, False), "quiet": (Quiet, False)}
+    recipe = typer.Option(
+        "--recipe",
+        metavar="paper|best",
+        help="Settings that ship with eqat: the paper's (the default), or the best found for 2 bits (docs/recipes.md).",
+        rich_help_panel="Quantization",
+    )
+    extra = {
+        "recipe": (Annotated[str | None, recipe], None),
+        "config": (Annotated[Path | None, file], None),
+        "as_json": (Json, False),
+        "quiet": (Quiet, False),
+    }
     made += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in extra.items()

@@ -28,10 +28,12 @@ from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
 __all__ = ["EvalOptions", "GenerationOptions", "eval_command", "generate_command", "train_command"]
 
 
-def train_command(given: Mapping[str, Any], *, config: Path | None, as_json: bool, quiet: bool) -> None:
+def train_command(
+    given: Mapping[str, Any], *, config: Path | None, recipe: str | None, as_json: bool, quiet: bool
+) -> None:
     """``eqat train``."""
     silence_libraries()
-    settings = build_config(given, config)
+    settings = build_config(given, config, recipe)
 
     def lead() -> None:
         result = train(settings, choose_reporter(as_json, quiet))
