@@ -47,13 +47,18 @@ INTERRUPTED = 130
 
 
 def train(
-    config: Path | None = None, dry_run: bool = False, as_json: bool = False, quiet: bool = False, **given: Any
+    config: Path | None = None,
+    recipe: str | None = None,
+    dry_run: bool = False,
+    as_json: bool = False,
+    quiet: bool = False,
+    **given: Any,
 ) -> None:
     """Runs ``eqat train``; ``given`` holds the settings by name, None where nothing was said."""
     quiet_imports()
     from .commands import train_command  # noqa: PLC0415
 
-    train_command(given, config=config, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    train_command(given, config=config, recipe=recipe, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
 def _train_parameters() -> list[inspect.Parameter]:
@@ -63,12 +68,19 @@ def _train_parameters() -> list[inspect.Parameter]:
     file = typer.Option(
         "--config", metavar="FILE", help="YAML file with the same names, e.g. seq_len: 1024.", rich_help_panel="Data"
     )
+    recipe = typer.Option(
+        "--recipe",
+        metavar="paper|best",
+        help="Settings that ship with eqat: the paper's (the default), or the best found for 2 bits (docs/recipes.md).",
+        rich_help_panel="Quantization",
+    )
     dry = typer.Option(
         "--dry-run",
         help="Print memory, disk and time of the run, from a few real steps of one block, and write nothing.",
         rich_help_panel="Output",
     )
     extra: dict[str, tuple[Any, Any]] = {
+        "recipe": (Annotated[str | None, recipe], None),
         "config": (Annotated[Path | None, file], None),
         "dry_run": (Annotated[bool, dry], False),
         "as_json": (Json, False),

@@ -34,10 +34,12 @@ from .tasks import TaskSettings, check_harness, run_tasks
 __all__ = ["EvalOptions", "GenerationOptions", "eval_command", "generate_command", "train_command"]
 
 
-def train_command(given: Mapping[str, Any], *, config: Path | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def train_command(
+    given: Mapping[str, Any], *, config: Path | None, recipe: str | None, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     """``eqat train``."""
     silence_libraries()
-    settings = build_config(given, config)
+    settings = build_config(given, config, recipe)
     if dry_run:
         estimate(settings, choose_reporter(as_json, quiet))
         return

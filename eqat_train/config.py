@@ -1,6 +1,7 @@
 """Settings from the command line, a YAML file and the demo's preset, and their resolved form.
 
-Precedence: command line, then ``--config`` file, then the demo's preset (only without a model), then the defaults.
+Precedence: command line, then ``--config`` file, then ``--recipe``, then the demo's preset (only without a model), then
+the defaults.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from formats.types import QuantScheme
 from .options import TrainConfig
 from .overrides import parse_overrides, split_override
 
-__all__ = ["TrainConfig", "build_config", "context_window", "read_config", "resolve_config", "save_config"]
+__all__ = [
+    "TrainConfig",
+    "build_config",
+    "context_window",
+    "read_config",
+    "read_recipe",
+    "recipes",
+    "resolve_config",
+    "save_config",
+]
 
 PAPER_SEQ_LEN = {"seq_len": 2048, "e2e_seq_len": 4096}
 PAPER_SCHEME = QuantScheme(2, 64)
@@ -36,18 +46,20 @@ _MAY_BE_INFINITE = ("max_grad_norm", "min_lr_factor")
 LARGEST_SEED = 2**62
 
 
-def build_config(given: Mapping[str, Any], file: Path | None = None) -> TrainConfig:
+def build_config(given: Mapping[str, Any], file: Path | None = None, recipe: str | None = None) -> TrainConfig:
     """Settings of a run.
 
     Args:
         given: what the command line says, by field name; None where it says nothing. Overrides may be lines
             ``PATTERN=VALUE``.
         file: YAML file.
+        recipe: name of one that ships with eqat, see :func:`recipes`.
 
     Raises:
         InputError: an unknown name, or a value of a wrong type or outside its range.
     """
-    chosen = read_config(file) if file is not None else {}
+    chosen = read_recipe(recipe) if recipe is not None else {}
+    chosen |= read_config(file) if file is not None else {}
     if isinstance(given.get("overrides"), list):
         given = {**given, "overrides": _typed(given["overrides"])}
     typed = {name: _checked(name, value, option_name(name)) for name, value in given.items() if value is not None}
@@ -64,6 +76,24 @@ def demo_preset() -> dict[str, Any]:
     """Settings of the demo, small enough for two CPU cores."""
     text = resources.files("eqat_train").joinpath("presets", "demo.yaml").read_text(encoding="utf-8")
     return _parse(text, "the demo preset")
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship with eqat: files of settings, each explained by docs/recipes.md."""
+    folder = resources.files("eqat_train").joinpath("recipes")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Settings of a recipe.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in recipes():
+        raise InputError(f"--recipe is {name!r}; allowed are {', '.join(recipes())}")
+    text = resources.files("eqat_train").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    return _parse(text, f"the recipe {name}")
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -125,7 +155,7 @@ def resolve_config(
             "leave them out, or start from full precision"
         )
     lr = 2e-5 if bits <= 2 else 1e-5
-    seq_len_notes = notes if config.stage != "e2e-qp" or config.eval_data is not None else []
+    seq_len_notes = notes if config.stage in ("all", "block-ap") or config.eval_data is not None else []
     e2e_notes = notes if config.stage != "block-ap" else []
     filled = replace(
         config,
@@ -203,7 +233,7 @@ def _checked(name: str, value: Any, label: str) -> Any:
         raise InputError(f"{label} is {value!r}; allowed are integers from 0 to 2**62")
     if name == "group" and value < 1 and value != -1:
         raise InputError(f"{label} is {value!r}; allowed are -1 (one group a row) and positive integers, e.g. 64")
-    if name == "warmup_ratio" and value > 1:
+    if name in ("warmup_ratio", "distill") and value > 1:
         raise InputError(f"{label} is {value!r}; allowed are numbers from 0 to 1")
     return value
 

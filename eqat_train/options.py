@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["PANELS", "TrainConfig"]
 
-PANELS = ("Quantization", "Data", "Block-AP", "E2E-QP", "Output", "Hardware")
+PANELS = ("Quantization", "Data", "Block-AP", "End to end", "Output", "Hardware")
 
 
 def _option(
@@ -56,7 +56,18 @@ class TrainConfig:
         "Input features that share a scale and a zero-point; -1 for a whole row. Default 64.",
         metavar="N",
     )
-    stage: str = _option("all", "Quantization", "What to run.", choices=("all", "block-ap", "e2e-qp"))
+    stage: str = _option(
+        "all",
+        "Quantization",
+        "What to run: Block-AP and E2E-QP (all), one of them, or E2E-QAT, which trains the whole model at once.",
+        choices=("all", "block-ap", "e2e-qp", "e2e-qat"),
+    )
+    start: str = _option(
+        "minmax",
+        "Quantization",
+        "Scales and zero-points to start from: the groups' ends, or the least squared error (mse).",
+        choices=("minmax", "mse"),
+    )
     scale_dtype: str | None = _option(
         None,
         "Quantization",
@@ -110,7 +121,8 @@ class TrainConfig:
     lr_weight: float | None = _option(
         None,
         "Block-AP",
-        "Learning rate of weights, norms and biases. Default 2e-5 at 2 bits, 1e-5 above.",
+        "Learning rate of weights, and in Block-AP of norms and biases. Default 2e-5 at 2 bits, 1e-5 above. Here and "
+        "below, E2E-QAT's too.",
         metavar="LR",
         least=0,
     )
@@ -124,33 +136,41 @@ class TrainConfig:
     )
     weight_decay: float = _option(0.0, "Block-AP", "AdamW's weight decay, for E2E-QP as well.", metavar="X", least=0)
 
-    e2e_samples: int = _option(4096, "E2E-QP", "Training windows, or instruction examples.", least=1)
+    e2e_samples: int = _option(4096, "End to end", "Training windows, or instruction examples.", least=1)
     e2e_seq_len: int | None = _option(
         None,
-        "E2E-QP",
+        "End to end",
         "Tokens in a window. Default 4096, or the model's context if shorter.",
         metavar="N",
         least=2,
     )
-    e2e_batch: int = _option(32, "E2E-QP", "Windows an optimizer step.", least=1)
+    e2e_batch: int = _option(32, "End to end", "Windows an optimizer step.", least=1)
     e2e_micro_batch: int | None = _option(
-        None, "E2E-QP", "Windows a forward pass. Default what fits in memory.", metavar="N", least=1
+        None, "End to end", "Windows a forward pass. Default what fits in memory.", metavar="N", least=1
     )
-    e2e_epochs: int = _option(1, "E2E-QP", "Passes over the windows.", least=1)
+    e2e_epochs: int = _option(1, "End to end", "Passes over the windows.", least=1)
     lr_e2e: float | None = _option(
-        None, "E2E-QP", "Peak learning rate of scales. Default 2e-5 at 2 bits, 1e-5 above.", metavar="LR", above=0
+        None, "End to end", "Peak learning rate of scales. Default 2e-5 at 2 bits, 1e-5 above.", metavar="LR", above=0
+    )
+    lr_norm: float = _option(1e-3, "End to end", "E2E-QAT's learning rate of norms and biases.", metavar="LR", least=0)
+    distill: float = _option(
+        1.0,
+        "End to end",
+        "Share of E2E-QAT's loss that is the divergence from the full-precision model; the rest is next-token loss.",
+        metavar="X",
+        least=0,
     )
     e2e_share: str = _option(
         "auto",
-        "E2E-QP",
+        "End to end",
         "Under torchrun, hold a rank's share of the packed weights only and gather each layer's for use; auto does "
         "so where they take over half of a GPU.",
         choices=("auto", "on", "off"),
     )
     warmup_ratio: float = _option(
-        0.03, "E2E-QP", "Share of the steps with a rising learning rate.", metavar="X", least=0
+        0.03, "End to end", "Share of the steps with a rising learning rate.", metavar="X", least=0
     )
-    max_grad_norm: float = _option(0.3, "E2E-QP", "Gradient norm to clip at; inf for none.", metavar="X", above=0)
+    max_grad_norm: float = _option(0.3, "End to end", "Gradient norm to clip at; inf for none.", metavar="X", above=0)
 
     out: str | None = _option(
         None, "Output", "Checkpoint folder. Default eqat-out/MODEL-wBITSgGROUP.", metavar="FOLDER"

@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from formats import Format, QuantScheme
-from formats.errors import InputError, UnsupportedSchemeError
+from formats.errors import InputError
 
-__all__ = ["check_linear", "check_tokens"]
-
-
-def check_linear(name: str, linear: nn.Linear, scheme: QuantScheme, fmt: Format) -> None:
-    """Refuses a layer that the scheme or the native format does not fit; the text names what does."""
-    width = scheme.width(linear.in_features)
-    if linear.in_features % width:
-        works = [size for size in (16, 32, 64, 128, 256) if linear.in_features % size == 0]
-        raise UnsupportedSchemeError(
-            f"group_size {scheme.group_size} does not divide in_features {linear.in_features} of {name}; "
-            f"use {', '.join(map(str, works))}{' or ' if works else ''}-1 (one group a row)"
-        )
-    try:
-        fmt.check(scheme, linear.out_features, linear.in_features)
-    except UnsupportedSchemeError as exc:
-        raise UnsupportedSchemeError(f"{name}: {exc}") from exc
+__all__ = ["check_tokens"]
 
 
 def check_tokens(train: Tensor, val: Tensor, vocabulary: int) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from formats import QuantizedLinear, QuantScheme, quantize
-from formats.affine import minmax_parameters
 
 from ..ops.fake_quant import fake_quant, stored_scales, stored_zeros
+from ..starts import Start, start_parameters
 
 __all__ = ["FakeQuantLinear"]
 
@@ -19,7 +19,7 @@ class FakeQuantLinear(nn.Module):
 
     Attributes:
         weight: fp32 parameter ``[out, in]``, the given tensor itself.
-        scales: fp32 parameter ``[out, groups]``, from the weight's minima and maxima.
+        scales: fp32 parameter ``[out, groups]``, from the start.
         zeros: fp32 parameter ``[out, groups]``.
         bias: fp32 parameter ``[out]`` or None.
         dequantized: what the forward multiplies with when someone else keeps it up to date, ``[out, in]`` in the
@@ -31,6 +31,7 @@ class FakeQuantLinear(nn.Module):
         scheme: bits and group_size.
         scale_dtype: dtype in which scales are stored.
         zero_range: lowest and highest zero-point that is ever used; None for all of them.
+        start: see :mod:`eqat_train.starts`.
     """
 
     def __init__(
@@ -39,14 +40,15 @@ class FakeQuantLinear(nn.Module):
         scheme: QuantScheme,
         scale_dtype: torch.dtype,
         zero_range: tuple[int, int] | None = None,
+        start: Start = "minmax",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scheme, self.scale_dtype, self.zero_range = scheme, scale_dtype, zero_range
-        scales, zeros = minmax_parameters(linear.weight.detach(), scheme, scale_dtype, zero_range)
+        scales, zeros = start_parameters(linear.weight.detach(), scheme, scale_dtype, zero_range, start)
         self.weight = nn.Parameter(linear.weight.detach())
         self.scales = nn.Parameter(scales)
-        self.zeros = nn.Parameter(zeros.float())
+        self.zeros = nn.Parameter(zeros)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())
         self.dequantized: Tensor | None = None
         self.impl = "auto"

@@ -33,10 +33,10 @@ from formats.errors import CheckpointError, InputError, TrainingDivergedError
 from formats.model_writer import write_model_config
 
 from ..hardware import peak_memory
-from ..models.decoder import find_decoder_layers, is_quantizable
 from ..models.experts import check_experts, count_tokens
 from ..models.loading import build_skeleton, check_names, load_parameters_, persistent_tensors, unload_
-from ..overrides import choose_schemes, describe_overrides
+from ..models.targets import check_linear, find_targets, refuse_quantized
+from ..overrides import describe_overrides
 from ..ranks.divergence import check_same
 from ..ranks.group import largest, local_size, suffixed, together
 from ..reporting.progress import Reporter
@@ -44,8 +44,8 @@ from ..resume.stage import StageRecord
 from .activations import ActivationStore, Place, bytes_to_train, choose_place
 from .block_files import BlockFiles, Blocks
 from .capture import BlockCall, Capture
-from .checks import check_linear, check_tokens
-from .output_head import check_head, encoded_head, find_own_head, why_kept
+from .checks import check_tokens
+from .output_head import check_head, encoded_head
 from .passes import Streams, advance_, forward_spans, validate
 from .settings import BlockApReport, BlockApSettings, BlockReport
 from .shares import call_followers, own_samples, own_settings, slowest, tokens_of_all
@@ -54,7 +54,7 @@ from .telling import tell_block
 from .trainable_block import TrainableBlock, put_numbers_
 from .trainer import train_block
 from .unfinished import block_ap_identity, block_report, going_on, report_from
-from .untouched import has_matrix, other_matrices, untouched_parameters
+from .untouched import untouched_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,9 +115,7 @@ def run_block_ap(
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
     with CheckpointReader(model_folder) as reader:
-        if reader.quantization_config:
-            method = reader.quantization_config.get("quant_method", "unknown method")
-            raise InputError(f"{model_folder} is already quantized ({method}); Block-AP starts from full precision")
+        refuse_quantized(reader, "Block-AP")
         model = build_skeleton(model_folder, torch.float32, trust_remote_code=trust_remote_code)
         run = BlockApRun(reader, model, own_settings(settings), reporter)
         run.check()
@@ -153,17 +151,8 @@ class BlockApRun:
         self._said: set[str] = set()
         self.format: Format = get_format("native")
         self.device, self.dtype = settings.resolved_device(), settings.resolved_compute_dtype()
-        self.path, self.layers = find_decoder_layers(model)
-        inside = {module: f"{self.path}.{name}" for name, module in self.layers.named_modules()}
-        outside = [name for name, module in model.named_modules() if is_quantizable(module) and module not in inside]
-        linears = [name for module, name in inside.items() if is_quantizable(module)]
-        head = find_own_head(model, reader)
-        others = {name: why_kept(model, name) for name in outside if name != head}
-        self.schemes = choose_schemes(linears, settings.scheme, settings.overrides, head=head, outside=others)
-        self.head = None if head is None or (found := self.schemes.get(head)) is None else (head, found)
-        outside = [name for name in outside if self.schemes.get(name) is None]
-        kept = [name for m, name in inside.items() if has_matrix(m) and self.schemes.get(name) is None]
-        self.ignore = [*outside, *kept, *other_matrices(model, reader.tensors)]
+        self.targets = find_targets(model, reader, settings.scheme, settings.overrides)
+        self.path, self.layers, self.schemes = self.targets.path, self.targets.layers, self.targets.schemes
         self.parameters = {
             f"{self.path}.{i}.{name}"
             for i, layer in enumerate(self.layers)
@@ -175,12 +164,12 @@ class BlockApRun:
     def check(self) -> None:
         """Refuses what would fail later: a scheme that does not fit, or a file whose tensors are not the model's."""
         check_names(self.model, self.reader.tensors, self.reader.folder)
-        check_head(self.model, self.head, self.format)
+        check_head(self.model, self.targets.head, self.format)
         for index, layer in enumerate(self.layers):
             check_experts(layer, f"{self.path}.{index}")
             for name, module in layer.named_modules():
                 scheme = self.schemes.get(f"{self.path}.{index}.{name}")
-                if scheme is not None and isinstance(module, nn.Linear):
+                if scheme is not None:
                     check_linear(f"{self.path}.{index}.{name}", module, scheme, self.format)
             for _, _, name in persistent_tensors(layer):
                 full = f"{self.path}.{index}.{name}"
@@ -214,11 +203,11 @@ class BlockApRun:
     def write(self, writer: CheckpointWriter, files: BlockFiles) -> None:
         """Puts the checkpoint together."""
         owner = {name: index for name in self.reader.tensors if (index := self._block_of(name)) is not None}
-        head = encoded_head(self.reader, self.head, self.format, self.settings.scale_dtype)
+        head = encoded_head(self.reader, self.targets.head, self.format, self.settings.scale_dtype)
         files.assemble(writer, self.reader, owner, self.parameters, head)
         usual = self.settings.scheme
-        overrides = {name: scheme for name, scheme in self.schemes.items() if scheme not in (None, usual)}
-        write_model_config(writer, self.reader.config, self.format, usual, self.ignore, overrides=overrides)
+        overrides = self.targets.overrides(usual)
+        write_model_config(writer, self.reader.config, self.format, usual, self.targets.ignore, overrides=overrides)
         writer.copy_companions(self.reader.folder)
 
     def _block_of(self, name: str) -> int | None:
@@ -279,7 +268,9 @@ class BlockApRun:
             name: self.reader.tensors[f"{prefix}.{name}"].dtype for name, _ in self.layers[index].named_parameters()
         }
         settings, schemes = self.settings, self._block_schemes(index)
-        return TrainableBlock(self.layers[index], schemes, settings.scale_dtype, stored, settings.zero_range, rounded)
+        return TrainableBlock(
+            self.layers[index], schemes, settings.scale_dtype, stored, settings.zero_range, rounded, settings.start
+        )
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

@@ -13,6 +13,7 @@ from formats import QuantScheme
 from formats.errors import InputError, UnsupportedSchemeError
 
 from ..overrides import override_scheme
+from ..starts import STARTS, Start
 from .activations import Place
 
 __all__ = ["BlockApReport", "BlockApSettings", "BlockReport"]
@@ -44,6 +45,7 @@ class BlockApSettings:
         activation_dtype: what hidden states are kept in; None is float32.
         execution: how a step runs on a GPU: "eager" launches its kernels one by one, "graph" replays them as one CUDA
             graph, "compile" also fuses elementwise work by torch.compile. "auto" is "graph" where that is possible.
+        start: of scales and zero-points, see :mod:`eqat_train.starts`; the paper's is "minmax".
         seed: of torch's generators, for blocks that draw random numbers; the order of samples is fixed.
     """
 
@@ -64,6 +66,7 @@ class BlockApSettings:
     activations: Place | Literal["auto"] = "auto"
     activation_dtype: torch.dtype | None = None
     execution: Literal["auto", "eager", "graph", "compile"] = "auto"
+    start: Start = "minmax"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +97,8 @@ class BlockApSettings:
                 raise InputError(
                     f"zeros-in is {low},{high}; at {scheme.bits} bits both lie in 0..{scheme.maxq}, the lower one first"
                 )
+        if self.start not in STARTS:
+            raise InputError(f"start is {self.start!r}; allowed are {', '.join(STARTS)}")
         if self.scheme.sym or self.scheme.desc_act:
             raise UnsupportedSchemeError(
                 f"Block-AP trains zero-points and keeps the order of columns; {self.scheme} cannot be trained, "

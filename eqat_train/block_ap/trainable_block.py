@@ -16,6 +16,7 @@ from torch.func import functional_call
 from formats import QuantizedLinear, QuantScheme, dequantize
 
 from ..ops.straight_through import round_to_dtype
+from ..starts import Start
 from .capture import BlockCall
 from .fake_quant_linear import FakeQuantLinear
 from .untouched import untouched_parameters
@@ -33,6 +34,7 @@ class TrainableBlock:
         stored_dtypes: local parameter name -> dtype in which it is stored if it is not quantized.
         zero_range: lowest and highest zero-point of every linear; None for all of them.
         rounded: local paths of linears among ``schemes`` that are rounded to the nearest and not trained.
+        start: of scales and zero-points, see :mod:`eqat_train.starts`.
     """
 
     def __init__(
@@ -43,13 +45,14 @@ class TrainableBlock:
         stored_dtypes: Mapping[str, torch.dtype],
         zero_range: tuple[int, int] | None = None,
         rounded: Container[str] = (),
+        start: Start = "minmax",
     ) -> None:
         self.block, self._stored_dtypes = block, stored_dtypes
         self.linears: dict[str, FakeQuantLinear] = {}
         self._rounded: dict[str, QuantizedLinear] = {}
         for name, module in list(block.named_modules()):
             if name in schemes and isinstance(module, nn.Linear):
-                linear = FakeQuantLinear(module, schemes[name], scale_dtype, zero_range)
+                linear = FakeQuantLinear(module, schemes[name], scale_dtype, zero_range, start)
                 if name in rounded:
                     self._rounded[name] = linear.quantized(stored_dtypes.get(f"{name}.bias", torch.float16))
                     block.set_submodule(name, _plain_linear(self._rounded[name]))

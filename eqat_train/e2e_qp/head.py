@@ -19,7 +19,7 @@ from ..ops.cross_entropy import cross_entropy_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Head", "find_head", "head_loss"]
+__all__ = ["Head", "find_head", "head_loss", "tokens_a_piece"]
 
 # Bytes of one piece's logits.
 PIECE = {"cpu": 2**25, "cuda": 2**27}
@@ -87,8 +87,8 @@ class _HeadLoss(torch.autograd.Function):
         weight, bias = head.linear.weight, head.linear.bias
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = []
-        for start in range(0, hidden.shape[0], _piece(hidden, weight)):
-            piece = slice(start, start + _piece(hidden, weight))
+        for start in range(0, hidden.shape[0], tokens_a_piece(hidden, weight)):
+            piece = slice(start, start + tokens_a_piece(hidden, weight))
             logits = F.linear(hidden[piece], weight, bias)  # [piece, vocabulary]
             losses.append(cross_entropy_(logits, targets[piece], scale=scale, softcap=head.softcap, impl=impl))
             if grad is not None:
@@ -104,7 +104,7 @@ class _HeadLoss(torch.autograd.Function):
         return grad * grads[0].to(grad.dtype), None, None, None, None
 
 
-def _piece(hidden: Tensor, weight: Tensor) -> int:
+def tokens_a_piece(hidden: Tensor, weight: Tensor) -> int:
     """Tokens whose logits are computed together: a multiple of 256 if that fits."""
     fits = PIECE["cuda" if hidden.device.type == "cuda" else "cpu"] // (weight.shape[0] * hidden.element_size())
     return max(1, fits - fits % 256 if fits > 256 else fits)

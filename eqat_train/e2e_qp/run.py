@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from formats.checkpoint import CheckpointWriter
-from formats.errors import InputError
 from formats.model import Checkpoint, open_checkpoint
 
-from ..data import NO_LOSS, TokenWindows
+from ..data import TokenWindows
 from ..hardware import peak_memory
 from ..ranks.group import joined, largest, together
 from ..ranks.orders import give_order
 from ..reporting.progress import Reporter
 from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
 from ..resume.stage import StageRecord
+from .checks import check_targets, check_token_ids
 from .packed_model import load_packed_model, write_trained
 from .settings import E2eReport, E2eSettings
 from .shared_words import shared_words
@@ -72,7 +72,7 @@ def run_e2e_qp(
         TrainingDivergedError: a loss, gradient or scale became NaN or infinite.
     """
     start = time.perf_counter()
-    _check_targets(data, val)
+    check_targets(data, val)
     device = settings.resolved_device()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -138,7 +138,7 @@ def train_scales(
         trust_remote_code=trust_remote_code,
         words=words,
     )
-    _check_token_ids(packed.vocabulary, data, val)
+    check_token_ids(packed.vocabulary, data, val)
     trainer = Trainer(packed, settings, data.seq_len, reporter, state)
     trainer.train(data, val)
     after = None if val is None else trainer.validate(val, "after")
@@ -156,25 +156,3 @@ def e2e_identity(
         "the training windows": tensor_fingerprint(data.input_ids, data.labels),
         "the validation windows": None if val is None else tensor_fingerprint(val.input_ids, val.labels),
     }
-
-
-def _check_targets(data: TokenWindows, val: TokenWindows | None) -> None:
-    empty = ~(data.labels[:, 1:] != NO_LOSS).any(dim=1)
-    if empty.any():
-        raise InputError(
-            f"{int(empty.sum())} of {len(data)} training windows have no token to learn from (first: window "
-            f"{int(empty.nonzero()[0])}); drop them, or raise the sequence length so that the answers fit"
-        )
-    if val is not None and not val.loss_tokens:
-        raise InputError(f"the {len(val)} validation windows have no token to measure the loss of; use other data")
-
-
-def _check_token_ids(vocabulary: int, *parts: TokenWindows | None) -> None:
-    for windows in parts:
-        if windows is None:
-            continue
-        low, high = (int(bound) for bound in windows.input_ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise InputError(
-                f"token ids span {low}..{high}; the model knows 0..{vocabulary - 1}: tokenize with its own tokenizer"
-            )

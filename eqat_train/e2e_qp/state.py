@@ -63,7 +63,8 @@ class E2eState:
         self._stage.prepare()
         tensors = {f"{index}.scales": parameter for index, parameter in enumerate(parameters)}
         for index, parameter in enumerate(parameters):
-            tensors |= {f"{index}.{name}": optimizer.state[parameter][name] for name in (*MOMENTS, "step")}
+            if state := optimizer.state.get(parameter):  # none before the first gradient, as of an idle expert
+                tensors |= {f"{index}.{name}": state[name] for name in (*MOMENTS, "step")}
         file = self.folder / f"step-{len(progress.losses):06d}.safetensors"
         found = write_tensors(file, tensors)
         record = {

@@ -30,11 +30,12 @@ from .fused_modules import fused_modules
 from .next_token import accumulate_gradients, mean_loss
 from .packed_model import PackedModel
 from .recompute import least_memory, most_memory, plan_recomputing, recomputed_in_backward
+from .schedule import learning_rate_factor
 from .settings import E2eSettings
 from .shares import check_same_progress, own_windows, sum_step_
 from .state import DamagedStateError, E2eProgress, E2eState
 
-__all__ = ["Trainer", "learning_rate_factor"]
+__all__ = ["Trainer"]
 
 # Seconds between two savings of the state.
 SAVE_SECONDS = 300
@@ -45,17 +46,6 @@ FEWEST_TOKENS = 4096
 # Bytes that forward may keep for backward on a CPU; on a GPU it is a share of what is free.
 ACTIVATION_BUDGET = 2**30
 FREE_SHARE = 0.6
-
-
-def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at a step (from 0): linear up to 1, then cosine towards 0 at ``steps``.
-
-    The first step already moves: of ``n`` warm-up steps, step ``i`` takes ``(i + 1) / n``.
-    """
-    warmup = math.ceil(steps * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from formats.types import QuantScheme
 from ..block_ap import check_block_ap
 from ..config import resolve_config
 from ..demo import DEMO_PROMPT, demo_folder, demo_text
+from ..e2e_qat import check_e2e_qat
 from ..models.loading import build_skeleton, load_config, resolve_model
 from ..options import TrainConfig
 from ..resume.stage import recorded_output
 from .run_files import is_demo_output
-from .stage_settings import block_ap_settings, e2e_settings
+from .stage_settings import block_ap_settings, e2e_settings, qat_settings
 
 __all__ = ["TrainPlan", "make_plan"]
 
@@ -79,9 +80,11 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     saved, found = resolve_config(config, context=context, scheme=scheme, scale_dtype=scale_dtype)
     if saved.stage == "e2e-qp":
         build_skeleton(model, torch.float32, trust_remote_code=config.trust_remote_code)  # refuses what it cannot build
+    elif saved.stage == "e2e-qat":
+        check_e2e_qat(model, qat_settings(saved), trust_remote_code=config.trust_remote_code)
     else:
         check_block_ap(model, block_ap_settings(saved), trust_remote_code=config.trust_remote_code)
-    if saved.stage != "block-ap":
+    if saved.stage in ("all", "e2e-qp"):
         e2e_settings(saved)  # refuses values that do not go together
     out = Path(saved.out) if saved.out is not None else _default_output(saved, model, demo)
     keep = Path(saved.keep_block_ap) if saved.keep_block_ap is not None and saved.stage == "all" else None
@@ -134,7 +137,7 @@ def _start(model: Path, stage: str) -> tuple[QuantScheme | None, str]:
         )
     if scheme is not None and fmt is not None and stage != "e2e-qp":
         raise InputError(
-            f"{model} is already quantized ({fmt.id}, {scheme}); Block-AP starts from full precision: "
+            f"{model} is already quantized ({fmt.id}, {scheme}); training its weights starts from full precision: "
             "give the original model, or train its scales with --stage e2e-qp"
         )
     return scheme, str(scales).removeprefix("torch.")

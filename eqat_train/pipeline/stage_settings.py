@@ -8,12 +8,14 @@ from formats.errors import InputError
 from formats.types import QuantScheme
 
 from ..block_ap.run import BlockApSettings
+from ..e2e_qat import QatSettings
 from ..e2e_qp.run import E2eSettings
 from ..e2e_qp.shares import check_batch
 from ..hardware import DTYPES, resolve_device, resolve_dtype
 from ..options import TrainConfig
+from ..ranks.group import size
 
-__all__ = ["block_ap_settings", "compute_target", "e2e_settings"]
+__all__ = ["block_ap_settings", "compute_target", "e2e_settings", "qat_settings"]
 
 
 def compute_target(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
@@ -53,6 +55,7 @@ def block_ap_settings(config: TrainConfig) -> BlockApSettings:
         activations=config.activations,  # type: ignore[arg-type]  # one of its choices
         activation_dtype=None if config.activation_dtype == "auto" else DTYPES[config.activation_dtype],
         execution=config.execution,  # type: ignore[arg-type]  # one of its choices
+        start=config.start,  # type: ignore[arg-type]  # one of its choices
         seed=config.seed,
     )
 
@@ -64,6 +67,40 @@ def _zero_range(text: str | None) -> tuple[int, int] | None:
     if len(ends) != 2 or not all(end.strip().isdecimal() for end in ends):
         raise InputError(f"--zeros-in is {text!r}; expected two integers, e.g. --zeros-in 1,2")
     return int(ends[0]), int(ends[1])
+
+
+def qat_settings(config: TrainConfig) -> QatSettings:
+    """E2E-QAT's settings, of a resolved configuration.
+
+    Raises:
+        InputError: values that contradict each other, or several ranks.
+    """
+    if config.bits is None or config.group is None or config.lr_weight is None or config.scale_dtype is None:
+        raise ValueError("the configuration is not resolved")
+    if size() > 1:
+        raise InputError(f"--stage e2e-qat trains on one GPU, and torchrun started {size()} ranks; use --recipe paper")
+    device, dtype = compute_target(config)
+    return QatSettings(
+        scheme=QuantScheme(config.bits, config.group),
+        overrides=config.overrides or {},
+        start=config.start,  # type: ignore[arg-type]  # one of its choices
+        zero_range=_zero_range(config.zeros_in),
+        epochs=config.e2e_epochs,
+        batch_size=config.e2e_batch,
+        micro_batch_size=config.e2e_micro_batch,
+        lr_weight=config.lr_weight,
+        lr_scale=config.lr_scale,
+        lr_zero=config.lr_zero,
+        lr_norm=config.lr_norm,
+        distill=config.distill,
+        warmup_ratio=config.warmup_ratio,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        scale_dtype=DTYPES[config.scale_dtype],
+        compute_dtype=dtype,
+        device=device,
+        seed=config.seed,
+    )
 
 
 def e2e_settings(config: TrainConfig) -> E2eSettings:

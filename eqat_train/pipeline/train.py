@@ -22,6 +22,7 @@ from formats.errors import EqatError, InputError, TrainingDivergedError
 
 from ..block_ap.run import BlockApSettings, run_block_ap
 from ..config import save_config
+from ..e2e_qat import run_e2e_qat
 from ..e2e_qp.run import run_e2e_qp
 from ..models.loading import load_tokenizer
 from ..options import TrainConfig
@@ -34,7 +35,7 @@ from .measured import MeasuredRows
 from .plan import TrainPlan, make_plan
 from .results import Measurement, ModelResult
 from .run_files import CONFIG_FILE, LOG_FILE, REPORT_FILE, publish, write_report
-from .stage_settings import block_ap_settings, compute_target, e2e_settings
+from .stage_settings import block_ap_settings, compute_target, e2e_settings, qat_settings
 from .training_data import TrainingData, prepare_data
 from .work_folder import WorkFolder
 
@@ -117,6 +118,10 @@ class _Run:
 
     def run(self) -> TrainResult:
         checkpoint = self.plan.model
+        if self.config.stage == "e2e-qat":
+            self.baselines()
+            self.e2e_qat()
+            return self.finish()
         if self.config.stage == "e2e-qp":
             self.measure("before", checkpoint)
         else:
@@ -149,11 +154,12 @@ class _Run:
     def baselines(self) -> None:
         """Measures the full-precision model and, unless that is the run's own result, round-to-nearest."""
         rounded = self.work.path / "round-to-nearest"
-        wanted = self.config.epochs > 0 and self.measurement.wanted
+        wanted = (self.config.epochs > 0 or self.config.stage == "e2e-qat") and self.measurement.wanted
         self.measure("full precision", self.plan.model)
         if wanted and self.rows.get("round-to-nearest") is None:
             scratch = self.work.path / "rounding"
-            self._run_block_ap(replace(block_ap_settings(self.config), epochs=0), rounded, Reporter(), scratch)
+            settings = replace(block_ap_settings(self.config), epochs=0, start="minmax")
+            self._run_block_ap(settings, rounded, Reporter(), scratch)
             self.measure("round-to-nearest", rounded)
             shutil.rmtree(rounded)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -189,6 +195,25 @@ class _Run:
             force=self.plan.force,
             trust_remote_code=self.config.trust_remote_code,
         )
+
+    def e2e_qat(self) -> None:
+        """Trains the whole quantized model at once, and writes the output."""
+        if self.data.e2e is None:
+            raise ValueError("no data was prepared for E2E-QAT")
+        run_e2e_qat(
+            self.plan.model,
+            self.data.e2e,
+            qat_settings(self.config),
+            self.plan.out,
+            val=self.data.e2e_validation,
+            work_dir=self.work.path,
+            reporter=self.reporter,
+            shard_size=self.plan.shard_size,
+            force=self.plan.force,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        self.record()
+        self.measure("E2E-QAT", self.plan.out)
 
     def e2e_qp(self, checkpoint: Path) -> None:
         """Trains the scales of a checkpoint end to end, and writes the output."""

@@ -52,7 +52,7 @@ def prepare_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, report
     Raises:
         InputError: data that is missing, unreadable, of a wrong kind or too short.
     """
-    trained = config.stage != "e2e-qp" and config.epochs > 0  # rounding to the nearest looks at no data
+    trained = config.stage in ("all", "block-ap") and config.epochs > 0  # rounding to the nearest looks at no data
     block_ap = _block_ap_windows(config, tokenizer, reporter) if trained else None
     e2e, e2e_validation = _e2e_windows(config, tokenizer, reporter) if config.stage != "block-ap" else (None, None)
     evaluation, prompt = None, config.prompt

@@ -34,6 +34,15 @@ def _memory(fields: Mapping[str, Any]) -> str:
     return f"E2E-QP peak GPU memory {gib['peak']:.2f} GiB: {listed}, activations {rest:.2f}"
 
 
+def _qat_validation(fields: Mapping[str, Any]) -> str:
+    return f"validation loss {fields['when']} E2E-QAT: {fields['loss']:.4f}"
+
+
+def _qat_codes(fields: Mapping[str, Any]) -> str:
+    peak = f"peak memory {fields['peak'] / 2**30:.2f} GiB"
+    return f"{fields['changed']:.1%} of {fields['weights']:,} codes are not the start's; {peak}"
+
+
 def _data(fields: Mapping[str, Any]) -> str:
     windows, seq_len, text = fields["windows"], fields["seq_len"], fields["text_tokens"]
     line = f"{fields['stage']} data: {windows} windows of {seq_len} tokens from {fields['data']}"
@@ -67,4 +76,6 @@ _TEXTS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "data": _data,
     "experts": _experts,
     "e2e_memory": _memory,
+    "qat_codes": _qat_codes,
+    "qat_validation": _qat_validation,
 }

@@ -1,0 +1,159 @@
+"""E2E-QAT: end-to-end quantization-aware training from a full-precision model.
+
+Every quantized linear computes with the weight that would be stored now; the rounding is straight-through (learned step
+sizes as in LSQ, arXiv 1902.08153, zero-points as in LSQ+, arXiv 2004.09576). Weights, scales, zero-points, norms and
+biases are trained together against the full-precision model's predictions (knowledge distillation, arXiv 1503.02531),
+by AdamW with linear warm-up and cosine decay to zero. What is written are codes, zero-points and 16-bit scales, as
+after Block-AP: the checkpoint computes what training computed.
+
+It holds the whole model with its optimizer, 16 bytes a trained weight and the teacher beside it, where Block-AP holds a
+block.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from formats import get_format
+from formats.checkpoint import CheckpointReader, CheckpointWriter
+
+from ..data import TokenWindows
+from ..e2e_qp.checks import check_targets, check_token_ids
+from ..e2e_qp.state import E2eState
+from ..hardware import peak_memory
+from ..models.experts import check_experts
+from ..models.loading import build_skeleton, check_names, load_dense_model
+from ..models.targets import Targets, check_linear, find_targets, refuse_quantized
+from ..overrides import describe_overrides
+from ..reporting.progress import Reporter
+from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
+from ..resume.stage import StageRecord
+from .latent_model import build_latent_model
+from .settings import QatReport, QatSettings
+from .trainer import QatTrainer, check_memory
+
+__all__ = ["QatReport", "QatSettings", "check_e2e_qat", "run_e2e_qat"]
+
+
+def check_e2e_qat(model_folder: Path, settings: QatSettings, *, trust_remote_code: bool = False) -> None:
+    """Refuses a model or a scheme that ``run_e2e_qat`` would refuse, in seconds and before any data is needed.
+
+    Raises:
+        InputError: the model has no decoder blocks, is quantized already, or does not fit on the GPU.
+        UnsupportedSchemeError: the scheme does not fit a layer; the text names it and what works.
+        CheckpointError: the model folder is damaged, or its tensors are not those of the architecture.
+    """
+    with CheckpointReader(model_folder) as reader:
+        _targets(reader, settings, trust_remote_code)
+
+
+def run_e2e_qat(
+    model_folder: Path,
+    data: TokenWindows,
+    settings: QatSettings,
+    out: Path,
+    *,
+    val: TokenWindows | None = None,
+    work_dir: Path,
+    reporter: Reporter,
+    shard_size: int = 5 * 2**30,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> QatReport:
+    """Trains a quantized model end to end and writes it as a native checkpoint.
+
+    Args:
+        model_folder: full-precision model with safetensors, configuration and tokenizer.
+        data: training windows.
+        settings: see :class:`QatSettings`.
+        out: folder to write; it appears when training has finished, and not at all if it fails.
+        val: windows whose next-token loss is measured before and after.
+        work_dir: folder for the state of the training, saved every few minutes and when it is interrupted. A run that
+            stopped goes on from it when everything that it depends on is as it was.
+        reporter: told of progress.
+        shard_size: bytes a weight file.
+        force: replace an existing ``out``.
+        trust_remote_code: allow Python files of the folder to run.
+
+    Raises:
+        InputError: data or a model that cannot be trained, or not those of the run in ``work_dir``.
+        UnsupportedSchemeError: the scheme does not fit a layer.
+        OutputExistsError: ``out`` exists and ``force`` is off.
+        TrainingDivergedError: a loss, gradient or parameter became NaN or infinite.
+    """
+    start = time.perf_counter()
+    check_targets(data, val)
+    device, dtype = settings.resolved_device(), settings.resolved_compute_dtype()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(settings.seed)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    identity = {
+        "settings": settings_identity(settings, without=("device", "compute_dtype"))
+        | {"device": device.type, "dtype": str(dtype)},
+        "the model's weights": folder_fingerprint(model_folder),
+        "the training windows": tensor_fingerprint(data.input_ids, data.labels),
+        "the validation windows": None if val is None else tensor_fingerprint(val.input_ids, val.labels),
+    }
+    record = StageRecord(work_dir / "e2e-qat.written.json", identity)
+    if (written := record.written(out)) is not None:
+        reporter.message(f"E2E-QAT's checkpoint is finished: {out}")
+        return QatReport(**{**written, "losses": tuple(written["losses"]), "grad_norms": tuple(written["grad_norms"])})
+    with (
+        CheckpointReader(model_folder) as reader,
+        CheckpointWriter(out, shard_size=shard_size, force=force) as writer,
+    ):
+        targets = _targets(reader, settings, trust_remote_code)
+        if told := describe_overrides(targets.schemes, settings.scheme):
+            reporter.message(told)
+        latent = build_latent_model(reader, targets, settings, trust_remote_code=trust_remote_code)
+        check_token_ids(latent.model.get_input_embeddings().get_parameter("weight").shape[0], data, val)
+        before = latent.codes()
+        teacher = load_dense_model(model_folder, dtype, device, trust_remote_code=trust_remote_code)
+        teacher.requires_grad_(False)
+        state = E2eState(work_dir / "e2e-qat", identity)
+        trainer = QatTrainer(latent, teacher, settings, data.seq_len, reporter, state)
+        trainer.train(data, val)
+        after = None if val is None else trainer.validate(val, "after")
+        codes = latent.codes()
+        weights = sum(code.numel() for code in codes.values())
+        changed = sum(int((codes[name] != code).sum()) for name, code in before.items())
+        report = QatReport(
+            losses=tuple(trainer.losses),
+            grad_norms=tuple(trainer.grad_norms),
+            val_loss_before=trainer.val_loss_before,
+            val_loss_after=after,
+            weights=weights,
+            codes_changed=changed / weights,
+            tokens=data.input_ids.numel() * settings.epochs,
+            seconds=time.perf_counter() - start,
+            peak_memory=peak_memory(device),
+        )
+        reporter.event("qat_codes", weights=weights, changed=report.codes_changed, peak=report.peak_memory)
+        record.begin(out, asdict(report))
+        latent.write(writer, reader, targets, settings.scheme)
+    record.done(out, asdict(report))
+    state.remove()
+    return report
+
+
+def _targets(reader: CheckpointReader, settings: QatSettings, trust_remote_code: bool) -> Targets:
+    """The layers to train; refuses what would fail later."""
+    refuse_quantized(reader, "E2E-QAT")
+    model = build_skeleton(reader.folder, torch.float32, trust_remote_code=trust_remote_code)
+    check_names(model, reader.tensors, reader.folder)
+    targets = find_targets(model, reader, settings.scheme, settings.overrides)
+    for index, layer in enumerate(targets.layers):
+        check_experts(layer, f"{targets.path}.{index}")
+    weights = 0
+    for name, scheme in targets.schemes.items():
+        if scheme is not None:
+            linear = model.get_submodule(name)
+            check_linear(name, linear, scheme, get_format("native"))
+            weights += linear.get_parameter("weight").numel()
+    check_memory(weights, sum(p.numel() for p in model.parameters()), settings.resolved_device())
+    return targets
