@@ -45,6 +45,8 @@ def dry_run(config: TrainConfig, reporter: Reporter) -> None:
         EqatError: what the run itself would refuse at its start.
     """
     plan = make_plan(config)
+    if plan.config.stage == "e2e-qat":
+        raise InputError("--dry-run knows Block-AP and E2E-QP; E2E-QAT says itself whether the GPU's memory is enough")
     for note in plan.notes:
         reporter.message(note)
     for data in (plan.config.data, plan.config.e2e_data, plan.config.eval_data):

@@ -128,6 +128,7 @@ def observe(
         recorder = Recorder(made)
         monkeypatch.setattr("eqat_train.pipeline.train.run_block_ap", recorder.block_ap)
         monkeypatch.setattr("eqat_train.pipeline.train.run_e2e_qp", recorder.e2e_qp)
+        monkeypatch.setattr("eqat_train.pipeline.train.run_e2e_qat", recorder.e2e_qp)
 
         def measure(measurement: Measurement, title: str, folder: Path, reporter: Reporter) -> ModelResult:
             return recorder.measure(measurement, title, folder)
@@ -153,6 +154,7 @@ CHANGES: dict[str, Any] = {
     "bits": 3,
     "group": 64,
     "stage": "block-ap",
+    "start": "mse",
     "scale_dtype": "bfloat16",
     "data": "other.txt",
     "overrides": {"*.down_proj": "w4", "*.q_proj": "skip"},
@@ -179,6 +181,8 @@ CHANGES: dict[str, Any] = {
     "e2e_epochs": 2,
     "lr_e2e": 1.0,
     "e2e_share": "on",
+    "lr_norm": 0.5,
+    "distill": 0.5,
     "warmup_ratio": 0.5,
     "max_grad_norm": 2.0,
     "out": "eqat-out/elsewhere",
@@ -198,12 +202,25 @@ CHANGES: dict[str, Any] = {
 }
 
 
+ONLY_QAT = ("lr_norm", "distill")
+BOTH_STAGES = (
+    *("bits", "group", "start", "scale_dtype", "overrides", "zeros_in", "data", "seed"),
+    *("lr_weight", "lr_scale", "lr_zero", "weight_decay", "e2e_samples", "e2e_seq_len", "e2e_batch"),
+    *("e2e_micro_batch", "e2e_epochs", "warmup_ratio", "max_grad_norm", "dtype"),
+)
+
+
 def test_no_setting_is_read_and_then_ignored(observe: Callable[..., str]) -> None:
     assert CHANGES.keys() == set(FIELDS)
-    plain = observe()
+    plain, qat = observe(), observe(stage="e2e-qat")
     assert plain == observe()  # nothing random, so every difference below is the setting's
-    ignored = [name for name, value in CHANGES.items() if observe(**{name: value}) == plain]
-    assert ignored == []
+    for name, value in CHANGES.items():
+        if name in ONLY_QAT:
+            assert observe(stage="e2e-qat", **{name: value}) != qat, name
+        else:
+            assert observe(**{name: value}) != plain, name
+    for name in BOTH_STAGES:
+        assert observe(stage="e2e-qat", **{name: CHANGES[name]}) != qat, name
 
 
 def test_command_line_and_file_reach_the_run_alike(
