@@ -204,7 +204,7 @@ def _run(arguments: argparse.Namespace) -> bool:
             row = future.result() | machine
             quality = ", ".join(f"{text} {row[text]:.2f}" for text in texts)
             print(f"{running[future]}: {quality}, {row['seconds']} s", flush=True)
-            row["seconds"] = row["seconds"] if arguments.processes == 1 else ""
+            row["seconds"] = "" if arguments.processes > 1 or arguments.untimed else row["seconds"]
             _append(arguments.csv, {name: row[name] for name in columns})
     return good
 
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="tables or rows of the plan")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, on the same device")
+    parser.add_argument("--untimed", action="store_true", help="others use the device too: no seconds are kept")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     sys.exit(not _run(parser.parse_args()))
 
