@@ -65,8 +65,9 @@ class TrainConfig:
     start: str = _option(
         "minmax",
         "Quantization",
-        "Scales and zero-points to start from: the groups' ends, or the least squared error (mse).",
-        choices=("minmax", "mse"),
+        "Scales and zero-points to start from: the groups' ends, the least squared error of the weights (mse), or the "
+        "same weighted by the inputs (activations; E2E-QAT only).",
+        choices=("minmax", "mse", "activations"),
     )
     scale_dtype: str | None = _option(
         None,

@@ -32,6 +32,7 @@ class FakeQuantLinear(nn.Module):
         scale_dtype: dtype in which scales are stored.
         zero_range: lowest and highest zero-point that is ever used; None for all of them.
         start: see :mod:`eqat_train.starts`.
+        input_power: mean square of each input ``[in]``, for the start ``activations``.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class FakeQuantLinear(nn.Module):
         scale_dtype: torch.dtype,
         zero_range: tuple[int, int] | None = None,
         start: Start = "minmax",
+        input_power: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scheme, self.scale_dtype, self.zero_range = scheme, scale_dtype, zero_range
-        scales, zeros = start_parameters(linear.weight.detach(), scheme, scale_dtype, zero_range, start)
-        self.weight = nn.Parameter(linear.weight.detach())
+        weight = linear.weight.detach()
+        scales, zeros = start_parameters(weight, scheme, scale_dtype, zero_range, start, input_power)
+        self.weight = nn.Parameter(weight)
         self.scales = nn.Parameter(scales)
         self.zeros = nn.Parameter(zeros)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())

@@ -97,8 +97,8 @@ class BlockApSettings:
                 raise InputError(
                     f"zeros-in is {low},{high}; at {scheme.bits} bits both lie in 0..{scheme.maxq}, the lower one first"
                 )
-        if self.start not in STARTS:
-            raise InputError(f"start is {self.start!r}; allowed are {', '.join(STARTS)}")
+        if self.start not in ("minmax", "mse"):
+            raise InputError(f"start is {self.start!r}; Block-AP's are minmax and mse, E2E-QAT's {', '.join(STARTS)}")
         if self.scheme.sym or self.scheme.desc_act:
             raise UnsupportedSchemeError(
                 f"Block-AP trains zero-points and keeps the order of columns; {self.scheme} cannot be trained, "

@@ -13,8 +13,9 @@ from formats.checkpoint import CheckpointReader, CheckpointWriter
 from formats.model_writer import encode_layer, write_model_config
 
 from ..block_ap.fake_quant_linear import FakeQuantLinear
-from ..models.loading import load_dense_model
+from ..data import TokenWindows
 from ..models.targets import Targets
+from .input_powers import input_powers
 from .settings import QatSettings
 
 if TYPE_CHECKING:
@@ -121,18 +122,28 @@ class LatentModel:
 
 
 def build_latent_model(
-    reader: CheckpointReader, targets: Targets, settings: QatSettings, *, trust_remote_code: bool = False
+    model: PreTrainedModel, reader: CheckpointReader, targets: Targets, settings: QatSettings, data: TokenWindows
 ) -> LatentModel:
-    """Loads a full-precision model in fp32 and puts fake quantization in front of the weights of its targets."""
-    device = settings.resolved_device()
-    model = load_dense_model(reader.folder, torch.float32, device, trust_remote_code=trust_remote_code)
+    """Puts fake quantization in front of the weights of a full-precision model's targets.
+
+    Args:
+        model: fp32, on the device to train on; becomes the latent model's.
+        reader: of the same model.
+        targets: its layers to quantize.
+        settings: see :class:`QatSettings`.
+        data: training windows; the start ``activations`` looks at the first of them.
+    """
+    names = [name for name, scheme in targets.schemes.items() if scheme is not None]
+    powers = input_powers(model, names, data, settings) if settings.start == "activations" else {}
     linears: dict[str, FakeQuantLinear] = {}
     for name, scheme in targets.schemes.items():
         if scheme is not None:
             dense = model.get_submodule(name)
             if not isinstance(dense, nn.Linear):
                 raise TypeError(f"{name} is no linear layer")
-            linears[name] = FakeQuantLinear(dense, scheme, settings.scale_dtype, settings.zero_range, settings.start)
+            linears[name] = FakeQuantLinear(
+                dense, scheme, settings.scale_dtype, settings.zero_range, settings.start, powers.get(name)
+            )
             model.set_submodule(name, linears[name])
     layers = model.get_submodule(targets.path)
     if not isinstance(layers, nn.ModuleList):

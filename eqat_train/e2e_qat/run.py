@@ -110,8 +110,9 @@ def run_e2e_qat(
         targets = _targets(reader, settings, trust_remote_code)
         if told := describe_overrides(targets.schemes, settings.scheme):
             reporter.message(told)
-        latent = build_latent_model(reader, targets, settings, trust_remote_code=trust_remote_code)
-        check_token_ids(latent.model.get_input_embeddings().get_parameter("weight").shape[0], data, val)
+        dense = load_dense_model(model_folder, torch.float32, device, trust_remote_code=trust_remote_code)
+        check_token_ids(dense.get_input_embeddings().get_parameter("weight").shape[0], data, val)
+        latent = build_latent_model(dense, reader, targets, settings, data)
         before = latent.codes()
         teacher = load_dense_model(model_folder, dtype, device, trust_remote_code=trust_remote_code)
         teacher.requires_grad_(False)

@@ -50,7 +50,7 @@ class QatSettings:
 
     scheme: QuantScheme
     overrides: Mapping[str, str] = field(default_factory=dict)
-    start: Start = "mse"
+    start: Start = "activations"
     zero_range: tuple[int, int] | None = None
     epochs: int = 1
     batch_size: int = 16
