@@ -15,7 +15,8 @@ from formats.errors import InputError  # noqa: E402
 
 PLAN = """
 recipe: best
-settings: {bits: 2, group: 32, e2e_seq_len: 16, e2e_samples: 4, e2e_epochs: 2, e2e_batch: 2, val_samples: 2, device: cpu}
+settings:
+  {bits: 2, group: 32, e2e_seq_len: 16, e2e_samples: 4, e2e_epochs: 2, e2e_batch: 2, val_samples: 2, device: cpu}
 tables:
   main:
     best: {}
