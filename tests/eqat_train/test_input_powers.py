@@ -1,4 +1,4 @@
-"""Where scales and zero-points start: which error each start makes least, and what the inputs' power is."""
+"""The start that looks at activations: which error it makes least, and what the inputs' power is."""
 
 from pathlib import Path
 
