@@ -56,7 +56,7 @@ def divergence(model: Path, checkpoint: Path) -> float:
 def test_it_comes_nearer_to_the_model_than_rounding(architecture: str, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", architecture, dtype=torch.bfloat16)
     train_block_ap(model, tmp_path / "rounded", epochs=0)
-    report = run(model, tmp_path)
+    report = run(model, tmp_path, replace(SETTINGS, start="mse"))  # so little data says little of the activations
     assert report.losses[-1] < report.losses[0] and 0 < report.codes_changed < 0.5
     assert divergence(model, tmp_path / "out") < 0.9 * divergence(model, tmp_path / "rounded" / "out")
     with CheckpointReader(model) as before, open_checkpoint(tmp_path / "out") as after:
