@@ -29,7 +29,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from eqat_train.options import TrainConfig
 from eqat_train.pipeline.run_files import CONFIG_FILE
 from eqat_train.pipeline.train import train
 from eqat_train.reporting.progress import Reporter
+from formats.errors import InputError
 
 __all__ = ["Text", "Variant", "measure", "read_variants", "token_passes"]
 
@@ -105,7 +106,9 @@ def read_variants(file: Path) -> list[Variant]:
             own = dict(changes or {})
             recipe = own.pop("recipe", plan["recipe"])
             settings = plan.get("settings", {}) | own
-            build_config(settings | {"model": "any"}, recipe=recipe)  # refuses what is misspelled before hours of runs
+            if unknown := settings.keys() - {field.name for field in fields(TrainConfig)}:
+                raise InputError(f"{file}, {name}: {', '.join(sorted(unknown))} is no setting of eqat train")
+            build_config(settings | {"model": "any"}, recipe=recipe)  # refuses wrong values before hours of runs
             variants.append(Variant(table, name, recipe, own, settings))
     return variants
 

@@ -56,9 +56,9 @@ def divergence(model: Path, checkpoint: Path) -> float:
 def test_it_comes_nearer_to_the_model_than_rounding(architecture: str, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", architecture, dtype=torch.bfloat16)
     train_block_ap(model, tmp_path / "rounded", epochs=0)
-    report = run(model, tmp_path, replace(SETTINGS, epochs=8))
+    # so little data says little of the activations
+    report = run(model, tmp_path, replace(SETTINGS, epochs=8, start="mse"))
     assert report.losses[-1] < report.losses[0] and 0 < report.codes_changed < 0.5
-    print(divergence(model, tmp_path / "out") / divergence(model, tmp_path / "rounded" / "out"))
     assert divergence(model, tmp_path / "out") < 0.9 * divergence(model, tmp_path / "rounded" / "out")
     with CheckpointReader(model) as before, open_checkpoint(tmp_path / "out") as after:
         assert set(after.passthrough_names) | {f"{name}.weight" for name in after.layer_names} >= set(
