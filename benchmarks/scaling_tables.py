@@ -48,6 +48,7 @@ REF_WORK = Work(samples=2048, seq_len=1024, e2e_samples=2048, e2e_seq_len=1024, 
 BLOCK_GIB = {"7B": 4.39, "13B": 6.35, "70B": 15.16}
 E2E_FOUR_LAYERS_GIB = {"7B": 2.01, "13B": 2.55, "70B": 4.88}
 LAYER_MS = {"7B": 12.71, "13B": 16.82, "70B": 46.42}
+TWO_GPUS_MS = 13.20 - 12.32  # benchmarks/scaling.py: two windows a GPU, on two GPUs and on one
 PAPER_GB = {"7B": 8.5, "13B": 10.3, "70B": 29.9}
 
 
@@ -62,6 +63,8 @@ def _checked() -> Iterator[Sequence[object]]:
         active = MODELS[name].largest.active
         yield _compared(f"{name}, E2E-QP, a layer and 4096 tokens, ms", 8e3 * 4096 * active / H200.e2e_matmul, measured)
     yield _compared("7B, Block-AP step, compiled, ms", _step_ms("7B"), 9.92)
+    both = reduce_seconds(2 * MODELS["7B"].largest.weights, H200, 2)
+    yield _compared("7B, Block-AP step, what two GPUs wait for each other, ms", 1e3 * both, TWO_GPUS_MS)
     yield _compared("ref-28m, a block of Block-AP, s", block_seconds(REF.largest, 512, REF_WORK, H200), 1.4)
     yield _compared("ref-28m, E2E-QP, s", e2e_seconds(REF, REF_WORK, H200), 7.2)
 
@@ -113,7 +116,7 @@ def _many_gpus() -> Iterator[Sequence[object]]:
         "Block-AP h",
         "its all-reduce ms a step",
         "E2E-QP h",
-        "E2E-QP GiB a GPU, split",
+        "E2E-QP GiB a GPU, codes shared",
     )
     for name in ("70B", "405B", "1T"):
         model = MODELS[name]

@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--stage", default="block-ap")
+    parser.add_argument("--evaluate", action="store_true", help="measure perplexities too")
     parser.add_argument("--cgroup", action="store_true")
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
@@ -210,6 +211,8 @@ def main() -> None:
     blocks = -(-parse_size(options.size) // (2 * weights))
     limit = parse_size(options.limit)
     settings = {"samples": options.samples, "seq_len": options.seq_len, "epochs": 1, "stage": options.stage}
+    if options.evaluate:
+        settings |= {"eval_data": str(DEMO / "heldout.txt.xz"), "eval_tokens": 4 * options.seq_len}
     folder = Path(tempfile.mkdtemp(dir=options.work))
     try:
         for count in (3, blocks):

@@ -8,6 +8,7 @@ sum is exact to float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from .reporting.progress import Reporter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["generate_sample", "perplexity"]
+__all__ = ["check_windows", "generate_sample", "perplexity", "perplexity_of"]
 
 # Tokens in a forward pass: enough to keep a device busy, few enough for the logits of a large vocabulary.
 BATCH_TOKENS = 8192
@@ -55,7 +56,23 @@ def perplexity(
     Raises:
         InputError: a token id outside the model's vocabulary, or no label at all.
     """
-    vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    check_windows(windows, cast(Tensor, model.get_input_embeddings().weight).shape[0])
+    return perplexity_of(
+        lambda _, ids: model(input_ids=ids, use_cache=False).logits,
+        windows,
+        model.device,
+        batch_size or max(1, BATCH_TOKENS // windows.seq_len),
+        reporter or Reporter(),
+        title,
+    )
+
+
+def check_windows(windows: TokenWindows, vocabulary: int) -> None:
+    """Refuses windows that a model cannot be measured on.
+
+    Raises:
+        InputError: a token id outside the model's vocabulary, or no label at all.
+    """
     if not 0 <= int(windows.input_ids.min()) <= int(windows.input_ids.max()) < vocabulary:
         raise InputError(
             f"token ids reach {int(windows.input_ids.max())}; the model's vocabulary has {vocabulary} entries: "
@@ -63,16 +80,40 @@ def perplexity(
         )
     if not windows.loss_tokens:
         raise InputError("no token of the evaluation windows takes part in the loss")
-    batch_size = batch_size or max(1, BATCH_TOKENS // windows.seq_len)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    with (reporter or Reporter()).task(title, len(windows)) as task:
+
+
+@torch.inference_mode()
+def perplexity_of(
+    logits_of: Callable[[int, Tensor], Tensor],
+    windows: TokenWindows,
+    device: torch.device,
+    batch_size: int,
+    reporter: Reporter,
+    title: str,
+) -> float:
+    """Perplexity from logits.
+
+    Args:
+        logits_of: ``[batch, seq_len, vocabulary]`` of the windows from a number on, from their ids.
+        windows: int64 token ids and labels ``[windows, seq_len]``.
+        device: where the model is.
+        batch_size: windows a forward pass.
+        reporter: told of progress, one step a window.
+        title: of the progress task.
+
+    Returns:
+        The perplexity; infinity or NaN where the model's loss is.
+    """
+    total, start = torch.zeros((), dtype=torch.float64, device=device), 0
+    with reporter.task(title, len(windows)) as task:
         for batch in windows.batches(batch_size):
-            ids, labels = batch.input_ids.to(model.device), batch.labels.to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits  # [batch, seq_len, vocabulary]
+            ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+            logits = logits_of(start, ids)
             for row, targets in zip(logits, labels, strict=True):  # a row at a time: fp32 logits are large
                 losses = F.cross_entropy(row[:-1].float(), targets[1:], ignore_index=NO_LOSS, reduction="none")
                 total += losses.double().sum()
             task.update(len(batch))
+            start += len(batch)
     mean = total.item() / windows.loss_tokens
     try:
         return math.exp(mean)

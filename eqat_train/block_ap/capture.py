@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from formats.errors import InputError
 
-from ..models.loading import TensorSource, load_parameters_, unload_
+from ..models.loading import OwnTensors, TensorSource, load_parameters_, unload_
 from .embedding_rows import embedding_rows
 
 if TYPE_CHECKING:
@@ -131,14 +131,14 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         for module in self._outside:
-            unload_(_OwnTensors(module))
+            unload_(OwnTensors(module))
         if self._rows is not None:
             self._rows.restore()
 
     def _load(self, module: nn.Module, args: Any) -> Any:
         if self._rows is not None and module is self._rows.module and args:
             return self._rows.load(args)
-        own = _OwnTensors(module)
+        own = OwnTensors(module)
         if any(tensor.is_meta for tensor in own.parameters()):
             load_parameters_(own, self._outside[module], self.source, self.device, torch.float32)
         else:
@@ -203,16 +203,6 @@ class Capture:
         finally:
             unload_(block)
         return output[1:] if isinstance(output, tuple) else None
-
-
-class _OwnTensors(nn.Module):
-    """A module's direct parameters and buffers, shared, without its children."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._parameters = module._parameters
-        self._buffers = module._buffers
-        self._non_persistent_buffers_set = module._non_persistent_buffers_set
 
 
 def _differing(one: Any, other: Any, name: str = "an argument") -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from formats.checkpoint import CheckpointReader
+from formats.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from ..models.loading import TensorSource
 
 __all__ = ["EmbeddingRows", "embedding_rows"]
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """A checkpoint that reads single rows."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def get_rows(self, name: str, rows: list[int]) -> Tensor: ...
 
 
 def embedding_rows(
@@ -36,7 +45,7 @@ def embedding_rows(
     """
     module = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    if not isinstance(module, nn.Embedding) or not isinstance(source, CheckpointReader) or module not in names:
+    if not isinstance(module, nn.Embedding) or not isinstance(source, RowSource) or module not in names:
         return None
     name = f"{names[module]}.weight"
     whole = module.weight.numel() <= largest or module.max_norm is not None
@@ -55,7 +64,7 @@ class EmbeddingRows:
         device: where to compute, in fp32.
     """
 
-    def __init__(self, module: nn.Embedding, name: str, source: CheckpointReader, device: torch.device) -> None:
+    def __init__(self, module: nn.Embedding, name: str, source: RowSource, device: torch.device) -> None:
         self.module, self._name, self._source, self._device = module, name, source, device
         self._meta, self._padding = module.weight, module.padding_idx
 

@@ -21,6 +21,7 @@ __all__ = [
     "e2e_bytes",
     "e2e_seconds",
     "packed_bytes",
+    "qat_bytes",
 ]
 
 # A Block-AP step on a GPU: fp32 weight and two moments, the dequantized weight in bf16, and a bit for scales and
@@ -102,14 +103,19 @@ def e2e_bytes(model: ModelShape, work: Work, *, ranks: int = 1, element: int = H
     Args:
         model: its shape.
         work: the windows.
-        ranks: over which the packed layers are split.
+        ranks: over which the packed codes are shared (``--e2e-share``); scales and moments are on each.
         element: bytes of a number computed with.
     """
     tokens = work.e2e_micro_batch * work.e2e_seq_len
-    weight = (work.bits + work.bits / work.group_size) / 8 + 12 / work.group_size
+    weight = work.bits / 8 / ranks + work.bits / work.group_size / 8 + 12 / work.group_size
     layers = model.weights * weight + len(model.blocks) * 2 * tokens * model.hidden * element
     last = model.largest
-    return layers / ranks + element * (tokens * last.features + 2 * last.largest + model.outside)
+    return layers + element * (tokens * last.features + 2 * last.largest + model.outside)
+
+
+def qat_bytes(model: ModelShape) -> float:
+    """Device bytes of E2E-QAT besides activations: the fp32 model, gradients and moments, and a 16-bit teacher."""
+    return 6 * model.parameters + 12 * model.weights
 
 
 def block_seconds(block: BlockShape, hidden: int, work: Work, machine: Machine, gpus: int = 1) -> float:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "OwnTensors",
     "TensorSource",
     "build_skeleton",
     "check_names",
@@ -198,6 +199,16 @@ def unload_(module: nn.Module) -> None:
         _assign(owner, local, getattr(owner, local).detach().to("meta"))
     if loaded:
         give_back_freed_memory()
+
+
+class OwnTensors(nn.Module):
+    """A module's direct parameters and buffers, shared, without its children."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._parameters = module._parameters
+        self._buffers = module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
 
 
 def load_dense_model(

@@ -13,7 +13,7 @@ from formats.model import open_checkpoint
 
 from ..block_ap.activations import choose_place
 from ..block_ap.rehearsal import Rehearsal, rehearse
-from ..costs.estimate import PROCESS_BYTES, Work, block_bytes, cpu_bytes, disk, e2e_bytes
+from ..costs.estimate import PROCESS_BYTES, Work, block_bytes, cpu_bytes, disk, e2e_bytes, qat_bytes
 from ..costs.shapes import ModelShape, block_shape
 from ..data import open_source
 from ..e2e_qp.trainer import ACTIVATION_BUDGET, FREE_SHARE, MICRO_TOKENS
@@ -64,7 +64,7 @@ def dry_run(config: TrainConfig, reporter: Reporter) -> None:
             problems.append(str(error))
     rows += _disk(plan, shape, work, on_disk=place == "disk")
     measured = None
-    if plan.config.stage != "e2e-qp":
+    if plan.config.stage in ("all", "block-ap"):
         measured = rehearse(
             plan.model,
             block_ap_settings(plan.config),
@@ -119,7 +119,7 @@ def _work(config: TrainConfig, shape: ModelShape, stored: tuple[int, int] | None
     bits, group = stored or (config.bits or 0, config.group or 0)
     both, device = config.stage == "all", compute_target(config)[0]
     tokens = 1 if device.type == "cuda" else MICRO_TOKENS["cpu"]  # on a GPU one window is the least that has to fit
-    block_ap, e2e = both or config.stage == "block-ap", both or config.stage == "e2e-qp"
+    block_ap, e2e = both or config.stage == "block-ap", config.stage != "block-ap"
     return Work(
         bits=bits,
         group_size=shape.hidden if group == -1 else group,
@@ -151,6 +151,9 @@ def _memory(plan: TrainPlan, shape: ModelShape, work: Work) -> list[_Row]:
     block = cpu_bytes(largest, tokens if work.epochs else 0, on_gpu=on_gpu)
     size = f"one block ({largest.parameters / 1e6:.0f}M)" if not on_gpu else "tensors on their way to the GPU"
     rows = []
+    if plan.config.stage == "e2e-qat":
+        detail = "the whole model, its optimizer and a teacher; activations come on top"
+        return [_Row("memory", "E2E-QAT, GPU" if on_gpu else "E2E-QAT, CPU", detail, round(qat_bytes(shape)))]
     if plan.config.stage != "e2e-qp":
         rows.append(_Row("memory", "Block-AP, CPU", f"{size}, libraries, windows", round(block + windows)))
         if on_gpu:
@@ -182,13 +185,15 @@ def _activations(plan: TrainPlan, shape: ModelShape, work: Work) -> tuple[str, _
 
 def _disk(plan: TrainPlan, shape: ModelShape, work: Work, *, on_disk: bool) -> list[_Row]:
     sizes = disk(shape, work, on_disk=on_disk)
-    block_ap = plan.config.stage != "e2e-qp"
+    block_ap = plan.config.stage in ("all", "block-ap")
     rows = [_Row("disk", "finished blocks", "in the work folder", round(sizes.blocks))] if block_ap else []
     if sizes.block_ap:
         kept = plan.keep_block_ap or "in the work folder"
         rows.append(_Row("disk", "Block-AP's checkpoint", str(kept), round(sizes.block_ap)))
+    if plan.config.stage == "e2e-qat":  # weights and both moments in fp32, new beside old
+        sizes = replace(sizes, state=2 * 12 * shape.weights)
     if sizes.state:
-        rows.append(_Row("disk", "E2E-QP's state", "new beside old, in the work folder", round(sizes.state)))
+        rows.append(_Row("disk", "the state to go on from", "new beside old, in the work folder", round(sizes.state)))
     rows.append(_Row("disk", "output", str(plan.out), round(sizes.output)))
     peak = sizes.peak if block_ap else replace(sizes, blocks=0).peak
     return [*rows, _Row("disk", "at the most", "at one time", round(peak))]
@@ -196,7 +201,8 @@ def _disk(plan: TrainPlan, shape: ModelShape, work: Work, *, on_disk: bool) -> l
 
 def _time(plan: TrainPlan, shape: ModelShape, work: Work, measured: Rehearsal | None) -> list[_Row]:
     if measured is None:
-        return [_Row("time", "E2E-QP", "not measured: the first steps of the run itself tell")]
+        stage = "E2E-QP" if plan.config.stage == "e2e-qp" else "E2E-QAT"
+        return [_Row("time", stage, "not measured: the first steps of the run itself tell")]
     block, count = shape.blocks[measured.block], len(shape.blocks)
     blocks = sum(other.active for other in shape.blocks) / block.active  # as many of the measured one
     rows = []

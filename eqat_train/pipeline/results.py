@@ -16,6 +16,7 @@ from ..data import TokenWindows
 from ..evaluate import generate_sample, perplexity
 from ..models.loading import load_dense_model
 from ..reporting.progress import Reporter
+from ..streamed_evaluation import dense_bytes, streamed_perplexity
 
 __all__ = ["Measurement", "ModelResult"]
 
@@ -53,6 +54,9 @@ class Measurement:
         device: where to run.
         dtype: what to compute in.
         trust_remote_code: allow Python files of model folders to run.
+        whole: bytes that a whole model may take; a larger one is measured block by block, without a sample.
+        work: folder for its hidden states on disk.
+        activations: where they are kept.
     """
 
     windows: TokenWindows | None
@@ -63,6 +67,9 @@ class Measurement:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool
+    whole: int
+    work: Path
+    activations: str
 
     @property
     def wanted(self) -> bool:
@@ -79,13 +86,13 @@ class Measurement:
         with open_checkpoint(folder) as checkpoint:
             size = sum(info.nbytes for info in checkpoint.reader.tensors.values())
             bits = bits_per_weight(checkpoint)
-            model = load_dense_model(checkpoint, self.dtype, self.device, trust_remote_code=self.trust_remote_code)
-        value = None
-        if self.windows is not None:
-            value = perplexity(model, self.windows, reporter, title=f"evaluating {title}")
-        sample = None
-        if self._samples and self.prompt is not None:
-            sample = generate_sample(model, self.tokenizer, self.prompt, self.sample_tokens, self.seed)
+            needed = dense_bytes(checkpoint, self.dtype, trust_remote_code=self.trust_remote_code)
+            value, sample = self._whole(checkpoint, title, reporter) if needed <= self.whole else (None, None)
+            if needed > self.whole:
+                reporter.message(
+                    f"{title} takes {needed / 2**30:.1f} GiB as a whole: measured by block, without a sample"
+                )
+                value = self._by_block(checkpoint, title, reporter)
         result = ModelResult(title, value, size, bits, sample)
         reporter.event(
             "evaluation",
@@ -97,6 +104,30 @@ class Measurement:
             seconds=time.perf_counter() - started,
         )
         return result
+
+    def _whole(self, checkpoint: Checkpoint, title: str, reporter: Reporter) -> tuple[float | None, str | None]:
+        model = load_dense_model(checkpoint, self.dtype, self.device, trust_remote_code=self.trust_remote_code)
+        value, sample = None, None
+        if self.windows is not None:
+            value = perplexity(model, self.windows, reporter, title=f"evaluating {title}")
+        if self._samples and self.prompt is not None:
+            sample = generate_sample(model, self.tokenizer, self.prompt, self.sample_tokens, self.seed)
+        return value, sample
+
+    def _by_block(self, checkpoint: Checkpoint, title: str, reporter: Reporter) -> float | None:
+        if self.windows is None:
+            return None
+        return streamed_perplexity(
+            checkpoint,
+            self.windows,
+            self.dtype,
+            self.device,
+            reporter,
+            work=self.work,
+            activations=self.activations,
+            title=f"evaluating {title}",
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:

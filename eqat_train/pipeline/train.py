@@ -20,11 +20,13 @@ import torch
 from formats import history
 from formats.errors import EqatError, InputError, TrainingDivergedError
 
+from ..block_ap.activations import bytes_to_train
 from ..block_ap.run import BlockApSettings, run_block_ap
 from ..config import save_config
 from ..e2e_qat import run_e2e_qat
 from ..e2e_qp.run import run_e2e_qp
-from ..models.loading import load_tokenizer
+from ..models.decoder import find_decoder_layers
+from ..models.loading import build_skeleton, load_tokenizer
 from ..options import TrainConfig
 from ..ranks.group import joined
 from ..ranks.orders import wait_for_all
@@ -40,6 +42,9 @@ from .training_data import TrainingData, prepare_data
 from .work_folder import WorkFolder
 
 __all__ = ["TrainResult", "train"]
+
+# A model is measured as a whole up to this size on a CPU, and up to this share of a GPU's free memory.
+WHOLE_BYTES, WHOLE_SHARE = 2**28, 0.6
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,9 @@ class _Run:
             device=self.device,
             dtype=dtype,
             trust_remote_code=self.config.trust_remote_code,
+            whole=self._whole_model_bytes(),
+            work=work.path,
+            activations=self.config.activations,
         )
         self.rows = MeasuredRows(work.path / "measured.json", self._measured_with(dtype))
         self.results: list[ModelResult] = []
@@ -150,6 +158,14 @@ class _Run:
             "computed": f"{self.device.type} {dtype}",
             "model": str(self.plan.model.absolute()),
         }
+
+    def _whole_model_bytes(self) -> int:
+        """What measuring may take: on a GPU a share of what is free, else no more than training a block does."""
+        if self.device.type == "cuda":
+            return int(WHOLE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        model = build_skeleton(self.plan.model, torch.float32, trust_remote_code=self.config.trust_remote_code)
+        tokens = self.config.batch * (self.config.seq_len or 1)
+        return max(WHOLE_BYTES, bytes_to_train(find_decoder_layers(model)[1], tokens))
 
     def baselines(self) -> None:
         """Measures the full-precision model and, unless that is the run's own result, round-to-nearest."""

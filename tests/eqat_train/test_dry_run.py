@@ -65,7 +65,13 @@ def test_a_stage_that_does_not_run_takes_no_time(config: Config, changed: dict[s
 def test_a_quantized_checkpoint_is_planned_without_block_ap(here: Path, tiny_folder: Path, config: Config) -> None:
     made = quantize_folder(tiny_folder, here / "quantized", QuantScheme(2, 32))
     _, rows = planned(config(model=str(made), stage="e2e-qp", group=None))
-    assert ("memory", "Block-AP, CPU") not in rows and ("disk", "E2E-QP's state") in rows
+    assert ("memory", "Block-AP, CPU") not in rows and ("disk", "the state to go on from") in rows
+
+
+def test_the_whole_models_training_is_planned_with_its_optimizer(config: Config) -> None:
+    plan, rows = planned(config(stage="e2e-qat", device="cpu"))
+    assert 6 * plan["parameters"] < rows["memory", "E2E-QAT, CPU"]["bytes"] < 18 * plan["parameters"]
+    assert rows["time", "E2E-QAT"]["seconds"] is None
 
 
 def test_a_disk_without_room_is_a_problem_that_the_plan_shows(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
