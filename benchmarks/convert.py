@@ -18,7 +18,7 @@ may have given free memory back to its host, and whoever writes first pays for g
 of copying. ``--once`` times the first, for checkpoints larger than what memory would keep anyway. ``--copy source``
 copies the source instead of the output, which is removed before: room for two checkpoints suffices instead of three.
 
-Peak memory is that of the converting process and its workers together, looked at twenty times a second: PSS, in which a
+Peak memory is that of the converting process and its workers together, looked at four times a second: PSS, in which a
 page that several of them share counts once, and RSS, in which it counts for each.
 
 The first and last layer of every output are read back and compared with the source before a row is printed.
@@ -208,7 +208,7 @@ def same_weights(source: Path, out: Path) -> bool:
 
 def run(source: Path, target: str, cache: str, workers: str, chosen: argparse.Namespace) -> list[object] | None:
     """Format, cache and all that was measured; None where the format does not hold the checkpoint."""
-    out = source.with_name(f"{source.name}-{target}{get_format(target).suffix}")
+    out = Path(chosen.place) / f"{source.name}-{target}{get_format(target).suffix}"
     here, times = str(ROOT), 1 if chosen.once else 4
     command = [sys.executable, "-c", CHILD, here, str(source), str(out), target, str(times), cache, workers]
     rates, pss, rss, megabytes = [], 0, 0, 0.0
@@ -254,6 +254,7 @@ def main() -> None:
     """Makes the checkpoint, converts, prints rows and appends them to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="1GB", help="bytes of the native checkpoint")
+    parser.add_argument("--source", type=Path, help="a native checkpoint that is there already, instead of making one")
     parser.add_argument("--shape", choices=MODELS, default="7b", help="whose blocks")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--cache", nargs="+", choices=("warm", "cold"), default=["warm"])
@@ -269,15 +270,17 @@ def main() -> None:
     print(*FIELDS, sep="\t")
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         for bits in arguments.bits:
-            source = Path(work) / f"w{bits}"
-            make_checkpoint(source, bits, parse_size(arguments.size), arguments.shape)
-            chosen = argparse.Namespace(**vars(arguments) | {"bits": [bits]})
+            source = arguments.source or Path(work) / f"w{bits}"
+            if arguments.source is None:
+                make_checkpoint(source, bits, parse_size(arguments.size), arguments.shape)
+            chosen = argparse.Namespace(**vars(arguments) | {"bits": [bits], "place": work})
             for target, cache, workers in itertools.product(targets, arguments.cache, arguments.workers):
                 row = run(source, target, cache, workers, chosen)
                 if row is not None:
                     print(*row, sep="\t", flush=True)
                     record(row, arguments.csv)
-            shutil.rmtree(source)
+            if arguments.source is None:
+                shutil.rmtree(source)
 
 
 def record(row: list[object], file: Path | None) -> None:

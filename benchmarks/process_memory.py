@@ -25,7 +25,7 @@ class TreeMemory:
         interval: seconds between two looks; what comes and goes in between is missed.
     """
 
-    def __init__(self, pid: int, interval: float = 0.05) -> None:
+    def __init__(self, pid: int, interval: float = 0.25) -> None:
         self.pss = self.rss = self.processes = 0
         self._pid, self._interval = pid, interval
         self._done = threading.Event()

@@ -163,7 +163,7 @@ def convert(
                 "durable": False,
             }
             team = Processes(crew.workers, settings) if group is None else Ranks(group, settings)
-            parts = _spread(tasks, team, crew.memory, writer)
+            parts = _spread(tasks, team, crew.memory, writer, checkpoint)
         else:
             parts = _alone(tasks, checkpoint, form, writer, out)
         with writer, closing(parts):
@@ -233,15 +233,16 @@ def _alone(
 
 
 def _spread(
-    tasks: Sequence[Task], team: Processes, memory: int, writer: PlacingWriter
+    tasks: Sequence[Task], team: Processes, memory: int, writer: PlacingWriter, checkpoint: Checkpoint
 ) -> Generator[PartReport, None, None]:
     """Has everything done by other processes."""
     with team:
-        yield from spread(tasks, team, writer.reserve, memory)
+        yield from spread(tasks, team, writer.reserve, memory, checkpoint.expect)
         team.finish()
 
 
 def _work(task: Task, checkpoint: Checkpoint, form: Format) -> Callable[[], EncodedPart]:
+    checkpoint.expect(task.name)
     if task.unchanged is not None:
         return partial(EncodedPart, task.name, nbytes=task.unchanged.nbytes)
     return partial(encode_part if task.kind == "layer" else passed_through, checkpoint, form, task.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
@@ -119,6 +119,13 @@ class CheckpointReader:
                 self._check_count(name, info, count, wanted)
                 at += wanted
         return data.view(info.dtype).view(len(rows), *info.shape[1:])
+
+    def expect(self, name: str) -> None:
+        """Has the system begin to read a tensor that is wanted soon; whatever is wrong shows when it is."""
+        info = self._info(name)
+        with suppress(OSError, AttributeError):  # not every system has the call
+            with (self.folder / info.shard).open("rb") as file:
+                os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Makes further reads an error; tensors already read stay valid."""

@@ -86,6 +86,7 @@ class Checkpoint:
             first = {local: reader.tensors[f"{self.layer_names[0]}.{local}"].dtype for local in self._first_locals(fmt)}
             self.format = fmt.configured(self.config).as_stored(first)
             _ = self.scheme  # a configuration that cannot be read is found on opening
+        self._layers = frozenset(self.layer_names)
         self.passthrough_names = tuple(name for name in reader.tensors if name not in self._owned)
 
     @cached_property
@@ -147,6 +148,13 @@ class Checkpoint:
     def layer_tensors(self, name: str) -> dict[str, Tensor]:
         """A layer's local tensors as stored."""
         return {local: self.reader.get(f"{name}.{local}") for local in self.layer_shapes(name)}
+
+    def expect(self, name: str) -> None:
+        """Has the system begin to read a layer, or another tensor, that is wanted soon; containers may not have it."""
+        if not isinstance(self.reader, CheckpointReader):
+            return
+        for tensor in [f"{name}.{local}" for local in self.layer_shapes(name)] if name in self._layers else [name]:
+            self.reader.expect(tensor)
 
     def layer(self, name: str) -> QuantizedLinear:
         """One layer, decoded.

@@ -70,7 +70,13 @@ class _Part:
         return self.report is not None or self.error is not None
 
 
-def spread(tasks: Iterable[Task], team: Team, reserve: Callable[[Header], Place], memory: int) -> Iterator[PartReport]:
+def spread(
+    tasks: Iterable[Task],
+    team: Team,
+    reserve: Callable[[Header], Place],
+    memory: int,
+    expect: Callable[[str], None],
+) -> Iterator[PartReport]:
     """Has the tasks done, whatever worker is free.
 
     Args:
@@ -78,6 +84,7 @@ def spread(tasks: Iterable[Task], team: Team, reserve: Callable[[Header], Place]
         team: who does them.
         reserve: room in the output; called in the order of the tasks.
         memory: bytes that tasks under way may take together; one is always under way.
+        expect: called with the name of each task as it is handed out, which is before somebody has time for it.
 
     Yields:
         what each task did, in their order, once it has its place; when it ends, everything is written.
@@ -89,11 +96,11 @@ def spread(tasks: Iterable[Task], team: Team, reserve: Callable[[Header], Place]
     turn = 0
     try:
         while waiting or parts:
-            _hand_out(waiting, parts, team.channels, memory)
+            _hand_out(waiting, parts, team.channels, memory, expect)
             while turn in parts and parts[turn].encoded:
                 yield _place(turn, parts[turn], reserve)
                 turn += 1
-                _hand_out(waiting, parts, team.channels, memory)
+                _hand_out(waiting, parts, team.channels, memory, expect)
             for channel in ready(team.channels):
                 _take(channel, parts)
     except ChannelClosedError as exc:
@@ -102,7 +109,11 @@ def spread(tasks: Iterable[Task], team: Team, reserve: Callable[[Header], Place]
 
 
 def _hand_out(
-    waiting: deque[tuple[int, Task]], parts: dict[int, _Part], channels: Sequence[Channel], memory: int
+    waiting: deque[tuple[int, Task]],
+    parts: dict[int, _Part],
+    channels: Sequence[Channel],
+    memory: int,
+    expect: Callable[[str], None],
 ) -> None:
     """Gives tasks to whoever has the fewest, as long as somebody has room and memory allows."""
     while waiting:
@@ -118,6 +129,7 @@ def _hand_out(
         parts[index] = part = _Part(task, free)
         if task.unchanged is None:
             free.send({"encode": index, "name": task.name, "kind": task.kind})
+            expect(task.name)
         else:
             part.report, part.headers = PartReport(task.name, nbytes=task.unchanged.nbytes), [task.unchanged]
 

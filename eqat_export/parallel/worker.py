@@ -53,7 +53,7 @@ class _Files:
     """
 
     def __init__(self, *, durable: bool) -> None:
-        self._durable = durable
+        self.durable = durable
         self._open: dict[Path, tuple[int, Writeback]] = {}
 
     def at(self, path: Path) -> tuple[int, Writeback]:
@@ -73,7 +73,7 @@ class _Files:
     def _close(self, path: Path) -> None:
         descriptor, _ = self._open.pop(path)
         try:
-            if self._durable:
+            if self.durable:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -116,6 +116,11 @@ class _Worker:
             self._files.close()
         return {"ended": True}
 
+    def drop(self) -> None:
+        """Closes what is still open, whatever is on disk."""
+        self._files.durable = False
+        self._files.close()
+
     def copy(self, index: int, name: str, place: Place) -> dict[str, Any]:
         with writing(self._out):
             file, _ = self._files.at(place.path)
@@ -135,6 +140,7 @@ def serve(channel: Channel) -> bool:
                     if worker is None:
                         source = open_checkpoint(settings["source"], settings["source_format"])
                         worker = _Worker(stack.enter_context(source), settings)
+                        stack.callback(worker.drop)
                     answer = _answer(worker, message)
                 except Exception as error:  # for the other end to raise
                     index = next((message[key] for key in ("encode", "write", "copy") if key in message), None)

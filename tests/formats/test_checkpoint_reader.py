@@ -1,6 +1,7 @@
 """Opening a checkpoint folder checks all of it; files are built with the safetensors library."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from formats import checkpoint_reader
 from formats.checkpoint import CheckpointReader
 from formats.errors import CheckpointError
 
@@ -235,3 +237,36 @@ def test_rows_of_a_matrix_are_read_in_the_order_asked_for(sharded: Path, rows: l
         assert torch.equal(reader.get_rows("c.qweight", [1]), TENSORS["c.qweight"][1:])
     with pytest.raises(CheckpointError, match="is closed"):
         reader.get_rows("a.weight", [0])
+
+
+def test_large_tensors_can_be_read_a_few_bytes_at_a_time(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_reader, "_CHUNK", 7)
+    with CheckpointReader(sharded) as reader:
+        for name, tensor in TENSORS.items():
+            parts = [(start, part.clone()) for start, part in reader.chunks(name)]
+            assert all(len(part) <= 7 for _, part in parts)
+            assert [start for start, _ in parts] == list(range(0, tensor.nbytes, 7))
+            found = torch.cat([part for _, part in parts]) if parts else torch.empty(0, dtype=torch.uint8)
+            assert torch.equal(found, tensor.reshape(-1).view(torch.uint8) if tensor.numel() else found[:0])
+        (sharded / "model-00001-of-00002.safetensors").write_bytes(b"another")
+        with pytest.raises(CheckpointError, match="changed since it was opened"):
+            next(reader.chunks("a.weight"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be told what will be read")
+def test_what_is_wanted_soon_is_asked_for_by_its_bytes(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(file: int, offset: int, count: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append(os.pread(file, count, offset))
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    with CheckpointReader(sharded) as reader:
+        reader.expect("a.weight")
+        reader.expect("c.qweight")
+    assert asked == [TENSORS[name].numpy().tobytes() for name in ("a.weight", "c.qweight")]
+    monkeypatch.delattr(os, "posix_fadvise")
+    with CheckpointReader(sharded) as reader:
+        reader.expect("a.weight")
+        assert torch.equal(reader.get("a.weight"), TENSORS["a.weight"])
