@@ -84,7 +84,9 @@ def label(row: Row) -> str:
 
 
 def bound(row: Row) -> float:
-    """Microseconds that the device needs at the least; 0 where nothing was counted."""
+    """Microseconds that the device needs at the least; 0 where nothing was counted, or no ceiling was measured."""
+    if not (row["ceiling_bytes_s"] and row["ceiling_flops_s"]):
+        return 0.0
     return 1e6 * max(row["bytes"] / row["ceiling_bytes_s"], row["flops"] / row["ceiling_flops_s"])
 
 

@@ -26,6 +26,7 @@ from .models.loading import load_config, load_dense_model, load_tokenizer, resol
 from .pipeline.dry_run import dry_run as estimate
 from .pipeline.following import follow
 from .pipeline.train import train
+from .ranks.group import joined
 from .ranks.together import run_together
 from .reporting.progress import Reporter
 from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
@@ -40,11 +41,13 @@ def train_command(
     """``eqat train``."""
     silence_libraries()
     settings = build_config(given, config, recipe)
-    if dry_run:
-        estimate(settings, choose_reporter(as_json, quiet))
-        return
 
     def lead() -> None:
+        if dry_run and joined() is not None:
+            raise InputError("--dry-run plans a run of one process; run it without torchrun")
+        if dry_run:
+            estimate(settings, choose_reporter(as_json, quiet))
+            return
         result = train(settings, choose_reporter(as_json, quiet))
         if quiet and not as_json:
             print(result.out)
