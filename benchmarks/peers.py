@@ -4,7 +4,8 @@
         --evaluate wikitext2_test_raw.txt.xz heldout.txt.xz --csv peers.csv
 
 A peer is ``NAME:BITS:GROUP``, of auto-round also ``:ITERATIONS``. Calibration windows are random ones of 1024 tokens,
-as training draws them. Every peer quantizes the linears of the blocks and nothing else. Rows go to a CSV file at once.
+as training draws them. Every peer quantizes the linears of the blocks and nothing else; ``full:16:0`` is the model
+itself. Rows go to a CSV file at once.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def full(job: Job) -> Outcome:
+    """The model as it is; its row says what the others lose."""
+    return Outcome(load_dense_model(job.folder, torch.float32, job.device), "as it is, in fp32", 0, "eqat")
+
+
 def rtn(job: Job) -> Outcome:
     """Min-max round to nearest, eqat's own."""
     model = load_dense_model(job.folder, torch.float32, job.device)
@@ -173,7 +179,13 @@ def _saved(job: Job, save: Callable[[str], object]) -> PreTrainedModel:
         shutil.rmtree(folder)
 
 
-PEERS: dict[str, Callable[[Job], Outcome]] = {"rtn": rtn, "hqq": hqq, "gptq": gptq, "auto-round": auto_round}
+PEERS: dict[str, Callable[[Job], Outcome]] = {
+    "full": full,
+    "rtn": rtn,
+    "hqq": hqq,
+    "gptq": gptq,
+    "auto-round": auto_round,
+}
 
 
 def main() -> None:
