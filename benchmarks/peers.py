@@ -22,7 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # gptqmodel and auto-round compile what runs for seconds
+if __name__ == "__main__":  # before torch reads it: gptqmodel and auto-round would compile what runs for seconds
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
 from torch import Tensor, nn
@@ -34,23 +35,10 @@ from eqat_train.models.loading import load_dense_model, load_tokenizer
 from formats import QuantScheme
 from formats.affine import dequantize, round_to_nearest
 
-__all__ = ["COLUMNS", "PEERS", "Job"]
+from .recipe_tables import COLUMNS
 
-COLUMNS = (
-    "table",
-    "model",
-    "variant",
-    "setting",
-    "bits",
-    "group_size",
-    "seed",
-    "wikitext2",
-    "heldout",
-    "seconds",
-    "tokens",
-    "device",
-    "versions",
-)
+__all__ = ["PEERS", "Job"]
+
 WINDOW = 1024
 EVALUATED = 600_000  # tokens of a text, at most
 DAMPING = 0.01  # of GPTQ's Hessians, its paper's
