@@ -32,6 +32,7 @@ WARMUP = 0.05  # of the steps
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
+REPORTED = 100  # steps between two lines
 
 
 def build(vocabulary: int, end: int, hidden: int = 512, layers: int = 6, seed: int = 0) -> Qwen3ForCausalLM:
@@ -117,6 +118,8 @@ def train_(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
+            if len(losses) % REPORTED == 0:
+                print(f"step {len(losses)} of {epochs * steps_of_epoch}: loss {losses[-1].item():.3f}", flush=True)
     model.eval()
     return torch.stack(losses).tolist()
 
@@ -147,6 +150,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     stream = token_stream(open_source(given.data), tokenizer)
     windows = evaluation_windows(stream, WINDOW).input_ids.to(given.device)
+    print(f"{len(windows)} windows of {WINDOW} tokens", flush=True)
     model = build(len(tokenizer), tokenizer.eos_token_id, given.hidden, given.layers, given.seed).to(given.device)
     started = time.perf_counter()
     losses = train_(
