@@ -48,12 +48,15 @@ def input_powers(
 
         return add
 
+    head = model.get_output_embeddings()
+    # logits of a large vocabulary take gigabytes, and only a quantized head needs its inputs measured
+    run = model if any(model.get_submodule(name) is head for name in names) else model.base_model
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     windows = data.take(torch.arange(min(len(data), max(1, TOKENS // data.seq_len))))
     try:
         for batch in windows.batches(max(1, PASS_TOKENS // data.seq_len)):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                model(input_ids=batch.input_ids.to(device), use_cache=False)
+                run(input_ids=batch.input_ids.to(device), use_cache=False)
     finally:
         for handle in hooks:
             handle.remove()

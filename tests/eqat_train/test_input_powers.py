@@ -81,9 +81,14 @@ def test_powers_are_mean_squares_over_the_first_windows(tiny_folder: Path) -> No
     model = load_dense_model(tiny_folder, torch.float32, torch.device("cpu"))
     data = TokenWindows(tiny_tokens(5), tiny_tokens(5))
     name = "model.layers.0.self_attn.q_proj"
-    found = input_powers(model, [name], data, QatSettings(SCHEME, device="cpu"))
+    found = input_powers(model, [name, "lm_head"], data, QatSettings(SCHEME, device="cpu"))
     embedded = model.model.embed_tokens.weight[data.input_ids].double()
     norm = model.model.layers[0].input_layernorm
     scaled = embedded / (embedded.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.double()
     torch.testing.assert_close(found[name].double(), scaled.square().mean((0, 1)), rtol=1e-5, atol=0)
+    last = model.model(data.input_ids).last_hidden_state.double()
+    torch.testing.assert_close(found["lm_head"].double(), last.square().mean((0, 1)), rtol=1e-5, atol=0)
     assert not model.get_submodule(name)._forward_pre_hooks
+
+    without_head = input_powers(model, [name], data, QatSettings(SCHEME, device="cpu"))
+    assert torch.equal(without_head[name], found[name])
