@@ -29,7 +29,7 @@ __all__ = [
 GPU_WEIGHT_BYTES, GPU_FEATURE_BYTES = 15.0, 5.3
 # On a CPU: fp32 weight, gradient and two moments; what is differentiated is fp32 and a linear at a time.
 CPU_WEIGHT_BYTES, CPU_LARGEST_BYTES, CPU_FEATURE_BYTES = 16.0, 20.0, 12.0
-PROCESS_BYTES = 512 * 2**20  # Python, torch and transformers, imported
+PROCESS_BYTES = 640 * 2**20  # Python, torch and transformers, imported
 HALF = 2  # bytes of a bf16 number
 
 

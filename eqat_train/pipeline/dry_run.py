@@ -45,8 +45,6 @@ def dry_run(config: TrainConfig, reporter: Reporter) -> None:
         EqatError: what the run itself would refuse at its start.
     """
     plan = make_plan(config)
-    if plan.config.stage == "e2e-qat":
-        raise InputError("--dry-run knows Block-AP and E2E-QP; E2E-QAT says itself whether the GPU's memory is enough")
     for note in plan.notes:
         reporter.message(note)
     for data in (plan.config.data, plan.config.e2e_data, plan.config.eval_data):
@@ -179,7 +177,7 @@ def _activations(plan: TrainPlan, shape: ModelShape, work: Work) -> tuple[str, _
         dtype=settings.resolved_activation_dtype(),
     )
     where = {"gpu": "on the GPU", "ram": "in RAM", "disk": "on disk"}[choice.place]
-    detail = f"{where}: 2 streams of {work.samples + work.validation} windows"
+    detail = f"{where}: 2 streams of up to {work.samples + work.validation} windows"
     return choice.place, _Row("memory" if choice.place != "disk" else "disk", "activations", detail, choice.nbytes)
 
 
