@@ -74,14 +74,12 @@ def _copy(to, pointer, mask, SIZE: tl.constexpr):
 
 @triton.jit
 def _take4(at, mask):
-    INTS: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(TAKE4, "=&r,=&r,=&r,=&r,r,r", [at, mask.to(tl.int32)], INTS, False, 1)
+    return tl.inline_asm_elementwise(TAKE4, "=&r,=&r,=&r,=&r,r,r", [at, mask.to(tl.int32)], (tl.int32,) * 4, False, 1)
 
 
 @triton.jit
 def _take2(at, mask):
-    INTS: tl.constexpr = (tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(TAKE2, "=&r,=&r,r,r", [at, mask.to(tl.int32)], INTS, False, 1)
+    return tl.inline_asm_elementwise(TAKE2, "=&r,=&r,r,r", [at, mask.to(tl.int32)], (tl.int32,) * 2, False, 1)
 
 
 @triton.jit
@@ -239,8 +237,6 @@ def decode_row_kernel(
     PAIRS: tl.constexpr = PER_WORD // 2
     SPAN: tl.constexpr = 4 * PER_WORD * BLOCK  # input features a block
     THREADS: tl.constexpr = 32 * WARPS
-    INPUTS: tl.constexpr = (tl.int32,) * PAIRS
-    FLOATS: tl.constexpr = (tl.float32,) * 4
     # bytes: a thread's four scales, words of zero-points, and what a warp needs of x
     SCALE: tl.constexpr = 4 * scales.dtype.element_ty.primitive_bitwidth // 8
     ZEROS: tl.constexpr = 4 if 32 % BITS == 0 else 8
@@ -291,8 +287,8 @@ def decode_row_kernel(
             if SPREAD:
                 row = (block * BLOCK + column) * 4 + r
                 mine = _inputs(x_at + row * PER_WORD * 2, (column < BLOCK,), BITS)
-                mine = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, mine, INPUTS, True, 1)
-                sums = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, mine + sums, FLOATS, True, 1)
+                mine = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, mine, (tl.int32,) * PAIRS, True, 1)
+                sums = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, mine + sums, (tl.float32,) * 4, True, 1)
             for unit in tl.static_range(BLOCK):
                 xs = ()
                 if SPREAD:
@@ -303,8 +299,8 @@ def decode_row_kernel(
                     group = divide(first_k + block * SPAN, GROUP) + column
                     live = _in_group(first_k + row * PER_WORD, group, GROUP, BITS)
                     xs = _inputs(x_at + row * PER_WORD * 2, live, BITS)
-                    xs = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, xs, INPUTS, True, 1)
-                    sums = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, xs + sums, FLOATS, True, 1)
+                    xs = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, xs, (tl.int32,) * PAIRS, True, 1)
+                    sums = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, xs + sums, (tl.float32,) * 4, True, 1)
                 four = ()
                 for i in tl.static_range(4):
                     four = four + (loaded[4 * (block * BLOCK + unit) + i],)

@@ -165,8 +165,6 @@ def decode_rows_kernel(
 ):
     PER_WORD: tl.constexpr = 32 // BITS
     PAIRS: tl.constexpr = PER_WORD // 2
-    INTS: tl.constexpr = (tl.int32,) * PAIRS
-    FLOATS: tl.constexpr = (tl.float32,) * 4
     # registers of a piece's scales, of its factors, and of all it loads for 32 output features
     SCALES: tl.constexpr = 4 if scales.dtype.element_ty == tl.float32 else 2
     FACTORS: tl.constexpr = SCALES + (2 if 32 % BITS else 1)
@@ -219,8 +217,8 @@ def decode_rows_kernel(
                         pair = _part(taken, unit % 4 * 5, 5)
                     else:
                         pair = _inputs(x_row, k + unit * 4 * PER_WORD, first_k, end, BITS, EXACT)
-                    pair = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, pair, INTS, True, 1)
-                    total = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, pair + total, FLOATS, True, 1)
+                    pair = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, pair, (tl.int32,) * PAIRS, True, 1)
+                    total = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, pair + total, (tl.float32,) * 4, True, 1)
                     xs = xs + pair
                 sums = sums + total
             new_y = ()

@@ -48,15 +48,13 @@ def divide(k, by: tl.constexpr):
 @triton.jit
 def load4(pointer):
     """16 bytes a thread as four int32."""
-    INTS: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(LOAD4, "=r,=r,=r,=r,l", [pointer], INTS, True, 1)
+    return tl.inline_asm_elementwise(LOAD4, "=r,=r,=r,=r,l", [pointer], (tl.int32,) * 4, True, 1)
 
 
 @triton.jit
 def load2(pointer):
     """8 bytes a thread as two int32."""
-    INTS: tl.constexpr = (tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(LOAD2, "=r,=r,l", [pointer], INTS, True, 1)
+    return tl.inline_asm_elementwise(LOAD2, "=r,=r,l", [pointer], (tl.int32,) * 2, True, 1)
 
 
 @triton.jit
@@ -68,22 +66,19 @@ def load1(pointer):
 @triton.jit
 def load4_if(pointer, mask):
     """As ``load4``, 0 where masked."""
-    INTS: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(LOAD4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], INTS, True, 1)
+    return tl.inline_asm_elementwise(LOAD4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1)
 
 
 @triton.jit
 def load2_if(pointer, mask):
     """As ``load2``, 0 where masked."""
-    INTS: tl.constexpr = (tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(LOAD2_IF, "=&r,=&r,l,r", [pointer, mask.to(tl.int32)], INTS, True, 1)
+    return tl.inline_asm_elementwise(LOAD2_IF, "=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 2, True, 1)
 
 
 @triton.jit
 def stream4_if(pointer, mask):
     """As ``load4``, of what is read once; where masked, anything."""
-    INTS: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(STREAM4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], INTS, True, 1)
+    return tl.inline_asm_elementwise(STREAM4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1)
 
 
 @triton.jit
