@@ -288,7 +288,9 @@ def decode_row_kernel(
                 row = (block * BLOCK + column) * 4 + r
                 mine = _inputs(x_at + row * PER_WORD * 2, (column < BLOCK,), BITS)
                 mine = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, mine, (tl.int32,) * PAIRS, True, 1)
-                sums = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, mine + sums, (tl.float32,) * 4, True, 1)
+                sums = tl.inline_asm_elementwise(
+                    SUM_INPUTS, SUM_INPUTS_OPERANDS, mine + sums, (tl.float32,) * 4, True, 1
+                )
             for unit in tl.static_range(BLOCK):
                 xs = ()
                 if SPREAD:
@@ -300,7 +302,9 @@ def decode_row_kernel(
                     live = _in_group(first_k + row * PER_WORD, group, GROUP, BITS)
                     xs = _inputs(x_at + row * PER_WORD * 2, live, BITS)
                     xs = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, xs, (tl.int32,) * PAIRS, True, 1)
-                    sums = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, xs + sums, (tl.float32,) * 4, True, 1)
+                    sums = tl.inline_asm_elementwise(
+                        SUM_INPUTS, SUM_INPUTS_OPERANDS, xs + sums, (tl.float32,) * 4, True, 1
+                    )
                 four = ()
                 for i in tl.static_range(4):
                     four = four + (loaded[4 * (block * BLOCK + unit) + i],)

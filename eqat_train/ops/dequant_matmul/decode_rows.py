@@ -218,7 +218,9 @@ def decode_rows_kernel(
                     else:
                         pair = _inputs(x_row, k + unit * 4 * PER_WORD, first_k, end, BITS, EXACT)
                     pair = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, pair, (tl.int32,) * PAIRS, True, 1)
-                    total = tl.inline_asm_elementwise(SUM_INPUTS, SUM_INPUTS_OPERANDS, pair + total, (tl.float32,) * 4, True, 1)
+                    total = tl.inline_asm_elementwise(
+                        SUM_INPUTS, SUM_INPUTS_OPERANDS, pair + total, (tl.float32,) * 4, True, 1
+                    )
                     xs = xs + pair
                 sums = sums + total
             new_y = ()
@@ -233,7 +235,9 @@ def decode_rows_kernel(
                         acc = acc + (z[i // 2] * sums[4 * tile + i % 2] + sums[4 * tile + 2 + i % 2],)
                 for unit in tl.static_range(PIECE):
                     four = _part(mine, FACTORS + 4 * unit, 4)
-                    codes = tl.inline_asm_elementwise(UNPACK, UNPACK_OPERANDS, four, (tl.int32,) * (4 * REGISTERS), True, 1)
+                    codes = tl.inline_asm_elementwise(
+                        UNPACK, UNPACK_OPERANDS, four, (tl.int32,) * (4 * REGISTERS), True, 1
+                    )
                     added = ()
                     for tile in tl.static_range(TILES):
                         operands = codes + _part(xs, (tile * PIECE + unit) * PAIRS, PAIRS) + _part(acc, 8 * tile, 8)

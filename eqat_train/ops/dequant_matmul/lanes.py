@@ -7,7 +7,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["divide", "floats", "load1", "load2", "load2_if", "load4", "load4_if", "store", "stream4_if", "thread_index", "zero_points"]
+__all__ = [
+    "divide",
+    "floats",
+    "load1",
+    "load2",
+    "load2_if",
+    "load4",
+    "load4_if",
+    "store",
+    "stream4_if",
+    "thread_index",
+    "zero_points",
+]
 
 THREAD: tl.constexpr = tl.constexpr("mov.u32 $0, %tid.x;")
 LOAD4: tl.constexpr = tl.constexpr("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];")
@@ -66,7 +78,9 @@ def load1(pointer):
 @triton.jit
 def load4_if(pointer, mask):
     """As ``load4``, 0 where masked."""
-    return tl.inline_asm_elementwise(LOAD4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1)
+    return tl.inline_asm_elementwise(
+        LOAD4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1
+    )
 
 
 @triton.jit
@@ -78,7 +92,9 @@ def load2_if(pointer, mask):
 @triton.jit
 def stream4_if(pointer, mask):
     """As ``load4``, of what is read once; where masked, anything."""
-    return tl.inline_asm_elementwise(STREAM4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1)
+    return tl.inline_asm_elementwise(
+        STREAM4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1
+    )
 
 
 @triton.jit

@@ -13,7 +13,17 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["Field", "fields", "most_chains", "multiply", "pair_inputs", "pairs", "sum_inputs", "sum_warps", "unpack_words"]
+__all__ = [
+    "Field",
+    "fields",
+    "most_chains",
+    "multiply",
+    "pair_inputs",
+    "pairs",
+    "sum_inputs",
+    "sum_warps",
+    "unpack_words",
+]
 
 LOW, HIGH = "0x5410", "0x7632"  # prmt selectors: the low, the high halves of two registers
 
