@@ -129,7 +129,9 @@ class Machine:
 
     def step(self, name: list[str], operands: list[str], live: NDArray[np.bool_]) -> None:
         kind = name[0]
-        if kind == "bar" or (kind == "cp" and name[2] in ("commit_group", "wait_all", "wait_group")):
+        if kind in ("bar", "griddepcontrol") or (
+            kind == "cp" and name[2] in ("commit_group", "wait_all", "wait_group")
+        ):
             return
         special = {"ld": self.load, "st": self.store, "cp": self.copy, "mma": self.multiply}.get(kind)
         if special:

@@ -37,7 +37,7 @@ class Launch:
     def __getitem__(self, grid: tuple[int]) -> Any:
         self.programs = grid[0]
 
-        def launch(*arguments: Any, num_warps: int, maxnreg: int | None, **constants: Any) -> None:
+        def launch(*arguments: Any, num_warps: int, maxnreg: int | None, launch_pdl: bool, **constants: Any) -> None:
             self.arguments = arguments
             names = self.kernel.arg_names
             given = dict(zip(names, arguments, strict=False))
@@ -46,7 +46,7 @@ class Launch:
             signature = {name: kinds.get(name, "constexpr") for name in names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, v in enumerate(arguments) if isinstance(v, Tensor)}
             source = ASTSource(self.kernel, signature, fixed, aligned)
-            options = {"num_warps": num_warps, "maxnreg": maxnreg}
+            options = {"num_warps": num_warps, "maxnreg": maxnreg, "launch_pdl": launch_pdl}
             self.ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
         return launch

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..overlap import may_overlap
 from ..packed import PackedWeight
 from .decode_row import decode_row_kernel
 from .decode_rows import decode_rows_kernel
@@ -47,6 +48,7 @@ class Plan:
     wide: int = 1
     chains: int = 1
     registers: int | None = None
+    ahead: int = 0
 
 
 def choose(bits: int, words: int, out_features: int, rows: int) -> Plan:
@@ -102,7 +104,7 @@ def decode_matmul(
 
 
 def _one_row(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan) -> None:
-    bits, bf16 = packed.bits, x.dtype == torch.bfloat16
+    bits, bf16, overlap = packed.bits, x.dtype == torch.bfloat16, may_overlap(x.device)
     words, width = packed.qweight.shape[0], _width(packed)
     spread = bits != 3 and width % (4 * 32 // bits) == 0
     units, steps, shared = plan.units, 0, MOST_SHARED + 1
@@ -130,13 +132,15 @@ def _one_row(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | Non
         UNITS=units,
         STEPS=steps,
         WARPS=plan.deep,
+        OVERLAP=overlap,
         num_warps=plan.deep,
+        launch_pdl=overlap,
         maxnreg=plan.registers,
     )
 
 
 def _rows(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan) -> None:
-    bits, bf16 = packed.bits, x.dtype == torch.bfloat16
+    bits, bf16, overlap = packed.bits, x.dtype == torch.bfloat16, may_overlap(x.device)
     width, tiles = _width(packed), -(-x.shape[0] // COLUMNS)
     group_units = _group_units(bits, width, packed.groups)
     # inputs of a piece stay in registers
@@ -159,10 +163,13 @@ def _rows(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, 
         UNITS=plan.units,
         PIECE=piece,
         STEPS=-(-packed.groups * group_units // (plan.units * plan.deep)),
+        AHEAD=plan.ahead,
         WIDE=plan.wide,
         ACROSS=plan.across,
         DEEP=plan.deep,
+        OVERLAP=overlap,
         num_warps=plan.deep * plan.across,
+        launch_pdl=overlap,
         maxnreg=plan.registers,
     )
 

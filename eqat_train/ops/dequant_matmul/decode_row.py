@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..overlap import begin, wait_for_inputs
 from .lanes import divide, floats, store, stream4_if, thread_index, zero_points
 
 __all__ = ["decode_row_kernel"]
@@ -155,28 +156,13 @@ def _words(qweight, row, n, N, words, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _fetch(
-    to, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS: tl.constexpr,
-    GROUP: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, THREADS: tl.constexpr, SCALE: tl.constexpr,
-    ZEROS: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr,
+def _fetch_factors(
+    to, thread, qzeros, scales, first_row, r, n, N, words, groups, zeros_stride, BITS: tl.constexpr,
+    GROUP: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, THREADS: tl.constexpr,
+    SCALE: tl.constexpr, ZEROS: tl.constexpr, SETS: tl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of a step: scales and zero-points of each block's groups, and the warp's part of x."""
+    """Starts the copies of a step's scales and zero-points, of each column of its blocks."""
     PER_WORD: tl.constexpr = 32 // BITS
-    lane = thread & 31
-    first_k = first_row * PER_WORD
-    x_to = to + SETS * THREADS * (SCALE + ZEROS) + (thread >> 5) * CHUNK
-    for i in tl.static_range((CHUNK + 511) // 512):
-        at = lane * 16 + i * 512
-        left = (K - first_k) * 2 - at
-        # a lane past the chunk must not write either
-        tl.inline_asm_elementwise(
-            COPY_UP_TO_16,
-            "=r,r,l,r,r",
-            [x_to + at, x + first_k + (at >> 1), tl.minimum(tl.maximum(left, 0), 16), (at < CHUNK).to(tl.int32)],
-            tl.int32,
-            False,
-            1,
-        )
     scales_to = to + thread * SCALE
     zeros_to = to + SETS * THREADS * SCALE + thread * 4
     for block in tl.static_range(UNITS // BLOCK):
@@ -195,6 +181,24 @@ def _fetch(
             _copy(zero_to, zeros_row + divide(n, PER_WORD), live, 4)
             if ZEROS == 8:
                 _copy(zero_to + THREADS * 4, zeros_row + divide(n + 3, PER_WORD), live, 4)
+
+
+@triton.jit
+def _fetch_x(to, thread, x, first_row, K, PER_WORD: tl.constexpr, CHUNK: tl.constexpr):
+    """Starts the copies of a warp's inputs for a step, which ends the step's copies."""
+    first_k = first_row * PER_WORD
+    for i in tl.static_range((CHUNK + 511) // 512):
+        at = (thread & 31) * 16 + i * 512
+        left = (K - first_k) * 2 - at
+        # a lane past the chunk must not write either
+        tl.inline_asm_elementwise(
+            COPY_UP_TO_16,
+            "=r,r,l,r,r",
+            [to + at, x + first_k + (at >> 1), tl.minimum(tl.maximum(left, 0), 16), (at < CHUNK).to(tl.int32)],
+            tl.int32,
+            False,
+            1,
+        )
     tl.inline_asm_elementwise(COMMIT, "=r,r", [thread], tl.int32, False, 1)
 
 
@@ -232,6 +236,7 @@ def decode_row_kernel(
     UNITS: tl.constexpr,  # that a warp loads at once
     STEPS: tl.constexpr,
     WARPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     PER_WORD: tl.constexpr = 32 // BITS
     PAIRS: tl.constexpr = PER_WORD // 2
@@ -254,24 +259,31 @@ def decode_row_kernel(
     y = (zero, zero, zero, zero, zero, zero, zero, zero)
     shared = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
     first_row = warp * (4 * UNITS)
-    _fetch(
-        shared, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS, GROUP, SPREAD,
-        BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
-    )  # fmt: skip
+    # weights are nobody's output: their loads need not wait for the kernels before
+    begin(OVERLAP)
     loaded = _words(qweight, first_row + r, n, N, words, UNITS)
+    _fetch_factors(
+        shared, thread, qzeros, scales, first_row, r, n, N, words, groups, zeros_stride, BITS, GROUP, SPREAD, BLOCK,
+        UNITS, THREADS, SCALE, ZEROS, SETS,
+    )  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    x_to = shared + SETS * THREADS * (SCALE + ZEROS) + warp * CHUNK
+    _fetch_x(x_to, thread, x, first_row, K, PER_WORD, CHUNK)
     for step in range(STEPS):
         here = shared + (step & 1) * STAGE
         following = loaded
         if STEPS > 1:
             next_row = first_row + WARPS * 4 * UNITS
-            _fetch(
-                shared + (STAGE - (step & 1) * STAGE), thread, x, qzeros, scales, next_row, r, n, K, N, words, groups,
-                zeros_stride, BITS, GROUP, SPREAD, BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
-            )  # fmt: skip
+            there = STAGE - (step & 1) * STAGE
             following = _words(qweight, next_row + r, n, N, words, UNITS)
+            _fetch_factors(
+                shared + there, thread, qzeros, scales, next_row, r, n, N, words, groups, zeros_stride, BITS, GROUP,
+                SPREAD, BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS,
+            )  # fmt: skip
+            _fetch_x(x_to + there, thread, x, next_row, K, PER_WORD, CHUNK)
         scales_at = here + thread * SCALE
         zeros_at = here + SETS * THREADS * SCALE + thread * 4
-        x_at = here + SETS * THREADS * (SCALE + ZEROS) + warp * CHUNK
+        x_at = x_to + (step & 1) * STAGE
         first_k = first_row * PER_WORD
         # nothing is 0, but the compiler cannot know: sums that wait for all words keep the loads in flight together
         wait = loaded[0]

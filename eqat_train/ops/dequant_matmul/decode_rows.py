@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..overlap import begin, wait_for_inputs
 from .lanes import (
     divide,
     floats,
@@ -24,6 +25,7 @@ from .lanes import (
     load2_if,
     load4,
     load4_if,
+    prefetch,
     store,
     stream4_if,
     thread_index,
@@ -124,6 +126,21 @@ def _fetch(
     return loaded
 
 
+@triton.jit
+def _announce(
+    qweight, first, r, n, N, groups, BITS: tl.constexpr, GROUP: tl.constexpr, GROUP_UNITS: tl.constexpr,
+    UNITS: tl.constexpr, PIECE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Brings the words of a later step to the L2 cache."""
+    for piece in tl.static_range(UNITS // PIECE):
+        group, row = _place(first + piece * PIECE, r, BITS, GROUP, GROUP_UNITS)
+        pointer = qweight + row.to(tl.int64) * N
+        for wide in tl.static_range(WIDE):
+            here = n + wide * 32
+            for unit in tl.static_range(PIECE):
+                prefetch(pointer + _below(unit, BITS) * N + here, (group < groups - 1) & (here < N))
+
+
 @triton.jit(do_not_specialize=["rows_x", "nothing"])
 def decode_rows_kernel(
     x,  # 16-bit [rows_x, K]
@@ -159,9 +176,11 @@ def decode_rows_kernel(
     UNITS: tl.constexpr,  # that a warp loads at once
     PIECE: tl.constexpr,
     STEPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     WIDE: tl.constexpr,
     ACROSS: tl.constexpr,
     DEEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     PER_WORD: tl.constexpr = 32 // BITS
     PAIRS: tl.constexpr = PER_WORD // 2
@@ -180,12 +199,21 @@ def decode_rows_kernel(
     zero = (thread & 0).to(tl.float32)
     y = (zero,) * (8 * TILES * WIDE)
     first = deep * UNITS
+    # weights are nobody's output: their loads need not wait for the kernels before
+    begin(OVERLAP)
     loaded = _fetch(
         qweight, qzeros, scales, first, r, n, N, words, groups, zeros_stride, BITS, GROUP, GROUP_UNITS, UNITS, PIECE,
         WIDE,
     )  # fmt: skip
+    for ahead in tl.static_range(2, AHEAD):
+        _announce(qweight, first + ahead * DEEP * UNITS, r, n, N, groups, BITS, GROUP, GROUP_UNITS, UNITS, PIECE, WIDE)
+    wait_for_inputs(OVERLAP)
     for _step in range(STEPS):
         following = loaded
+        if AHEAD > 1:
+            _announce(
+                qweight, first + AHEAD * DEEP * UNITS, r, n, N, groups, BITS, GROUP, GROUP_UNITS, UNITS, PIECE, WIDE
+            )
         if STEPS > 1:
             following = _fetch(
                 qweight, qzeros, scales, first + DEEP * UNITS, r, n, N, words, groups, zeros_stride, BITS, GROUP,

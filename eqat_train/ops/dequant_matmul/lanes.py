@@ -1,4 +1,7 @@
-"""What a thread does by itself: indices, loads of 4 to 16 bytes, scales and zero-points, stores. One tensor element is one thread."""
+"""What a thread does by itself: indices, loads of 4 to 16 bytes, scales and zero-points, stores. One tensor element is one thread.
+
+Loads stay in the order in which they are written, among each other and beside waits for other kernels.
+"""
 
 # ruff: noqa: N803, N806, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
@@ -15,6 +18,7 @@ __all__ = [
     "load2_if",
     "load4",
     "load4_if",
+    "prefetch",
     "store",
     "stream4_if",
     "thread_index",
@@ -22,25 +26,31 @@ __all__ = [
 ]
 
 THREAD: tl.constexpr = tl.constexpr("mov.u32 $0, %tid.x;")
-LOAD4: tl.constexpr = tl.constexpr("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];")
-LOAD2: tl.constexpr = tl.constexpr("ld.global.nc.v2.b32 {$0, $1}, [$2];")
+LOAD4: tl.constexpr = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+LOAD2: tl.constexpr = tl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
 LOAD1: tl.constexpr = tl.constexpr("ld.global.nc.b32 $0, [$1];")
 LOAD4_IF: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
 setp.ne.b32 p, $5, 0;
 mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
-@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];
+@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
 }""")
 LOAD2_IF: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
 setp.ne.b32 p, $3, 0;
 mov.b32 $0, 0; mov.b32 $1, 0;
-@p ld.global.nc.v2.b32 {$0, $1}, [$2];
+@p ld.global.v2.b32 {$0, $1}, [$2];
 }""")
 STREAM4_IF: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
 setp.ne.b32 p, $5, 0;
-@p ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];
+@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];
+}""")
+PREFETCH: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $2, 0;
+@p prefetch.global.L2 [$1];
+mov.b32 $0, 0;
 }""")
 HALVES: tl.constexpr = tl.constexpr("{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}")
 
@@ -60,41 +70,47 @@ def divide(k, by: tl.constexpr):
 @triton.jit
 def load4(pointer):
     """16 bytes a thread as four int32."""
-    return tl.inline_asm_elementwise(LOAD4, "=r,=r,=r,=r,l", [pointer], (tl.int32,) * 4, True, 1)
+    return tl.inline_asm_elementwise(LOAD4, "=r,=r,=r,=r,l", [pointer], (tl.int32,) * 4, False, 1)
 
 
 @triton.jit
 def load2(pointer):
     """8 bytes a thread as two int32."""
-    return tl.inline_asm_elementwise(LOAD2, "=r,=r,l", [pointer], (tl.int32,) * 2, True, 1)
+    return tl.inline_asm_elementwise(LOAD2, "=r,=r,l", [pointer], (tl.int32,) * 2, False, 1)
 
 
 @triton.jit
 def load1(pointer):
     """4 bytes a thread as an int32."""
-    return tl.inline_asm_elementwise(LOAD1, "=r,l", [pointer], tl.int32, True, 1)
+    return tl.inline_asm_elementwise(LOAD1, "=r,l", [pointer], tl.int32, False, 1)
 
 
 @triton.jit
 def load4_if(pointer, mask):
     """As ``load4``, 0 where masked."""
     return tl.inline_asm_elementwise(
-        LOAD4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1
+        LOAD4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, False, 1
     )
 
 
 @triton.jit
 def load2_if(pointer, mask):
     """As ``load2``, 0 where masked."""
-    return tl.inline_asm_elementwise(LOAD2_IF, "=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 2, True, 1)
+    return tl.inline_asm_elementwise(LOAD2_IF, "=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 2, False, 1)
 
 
 @triton.jit
 def stream4_if(pointer, mask):
     """As ``load4``, of what is read once; where masked, anything."""
     return tl.inline_asm_elementwise(
-        STREAM4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, True, 1
+        STREAM4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, False, 1
     )
+
+
+@triton.jit
+def prefetch(pointer, mask):
+    """Starts to bring what is there to the L2 cache, unless masked."""
+    tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [pointer, mask.to(tl.int32)], tl.int32, False, 1)
 
 
 @triton.jit
