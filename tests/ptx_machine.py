@@ -1,8 +1,8 @@
 """A machine for the PTX of small kernels: every thread of a program at once, in numpy, with no GPU.
 
-It knows the instructions that our decode kernels compile to, and none else. Threads run in lockstep, so a branch must be
-taken by all or by none; copies and barriers are done at once, so a missing wait is not found. Reads and writes outside
-the arguments, and loads that are not aligned, are errors. Tensor-core sums are exact, then rounded to float32.
+It knows the instructions that our decode kernels compile to, and none else. Threads run in lockstep, so a branch must
+be taken by all or by none; copies and barriers are done at once, so a missing wait is not found. Reads and writes
+outside the arguments, and those that are not aligned, are errors. Tensor-core sums are exact, then rounded to float32.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Machine:
         for i, target in enumerate(vector(operands[0])):
             self.put(target, bits(sums[:, row + 8 * (i >> 1), pair + (i & 1)].reshape(-1)), live)
 
-    def compute(self, name: list[str], x: list[Values]) -> NDArray[Any]:
+    def compute(self, name: list[str], x: list[Values]) -> NDArray[Any]:  # noqa: PLR0911
         kind, last = name[0], name[-1]
         size = 64 if last.endswith("64") else 16 if last.endswith("16") else 32
         mask, signed = U((1 << size) - 1), last.startswith("s")

@@ -123,7 +123,7 @@ def test_a_compiled_call_is_one_operator(kernel_device: torch.device, monkeypatc
 
 # -- decode kernels without a GPU --
 
-# bits, group size, in, out, rows, dtype, dtype of scales, plan: every kind of group, odd ends, each kind of x and scales
+# bits, group size, in, out, rows, dtype, dtype of scales, plan: each kind of group, of x and of scales, and odd ends
 LAYERS: list[list[Any]] = [
     [2, 64, 512, 64, 1, "float16", "float32", None],
     [2, 32, 704, 32, 1, "float16", "bfloat16", None],

@@ -195,7 +195,7 @@ def _assembly(bits: int, bf16: bool, chains: int) -> dict[str, object]:
 
 
 def _group_units(bits: int, width: int, groups: int) -> int:
-    """Units that hold a group wherever it starts. At 3 bits they come in fours, which start at multiples of 40 inputs."""
+    """Units that hold a group wherever it starts. At 3 bits they come in fours, from a multiple of 40 inputs on."""
     if bits != 3:
         return -(-width // (4 * (32 // bits)))
     before = 40 - math.gcd(width, 40) if groups > 1 else 0
@@ -207,7 +207,7 @@ def _width(packed: PackedWeight) -> int:
 
 
 def _block(bits: int, width: int, units: int, spread: bool) -> int:
-    """The most units, a divisor of ``units``, that have a column each or, if not ``spread``, each group; 0 if none has."""
+    """The most units, a divisor of ``units``, with a column for each or, if not ``spread``, for each group; or 0."""
     for block in range(units, 0, -1):
         span = 4 * (32 // bits) * block
         if spread:

@@ -6,7 +6,7 @@ has inputs of several groups, a column is a group. Scales and zero-points are ap
 go to shared memory by copies that run on while words are loaded.
 """
 
-# ruff: noqa: N803, N806, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _zeros(at, next_word, n, BITS: tl.constexpr):
 
 @triton.jit
 def _inputs(at, live, BITS: tl.constexpr):
-    """The inputs of a word from shared memory, two a register, zero where not ``live``: a mask, at 3 bits one a pair."""
+    """The inputs of a word from shared memory, two a register, zero where not ``live``: at 3 bits a mask a pair."""
     if BITS == 3:
         a = _take1(at, live[0])
         b = _take1(at + 4, live[1])
