@@ -1,6 +1,7 @@
 """What a thread does by itself: indices, loads of 4 to 16 bytes, scales and zero-points, stores.
 
-One tensor element is one thread. Loads stay in the order in which they are written, among each other and beside waits for other kernels.
+One tensor element is one thread. Loads stay in the order in which they are written, among each other and beside waits
+for other kernels.
 """
 
 # ruff: noqa: N803, N806 -- compile-time values are in capitals, and Triton compiles less than Python
