@@ -215,9 +215,9 @@ class Machine:
             return convert(name[-2], last, x[0])
         if kind in ("mul", "mad"):
             if "wide" in name:
-                product = (integers(x[0]) * integers(x[1])).view(U) if signed else (x[0] & LOW32) * (x[1] & LOW32)
+                product = (integers(x[0]) * integers(x[1])).view(U) if signed else (x[0] & mask) * (x[1] & mask)
             elif "hi" in name:
-                return (x[0] & LOW32) * (x[1] & LOW32) >> U(32)
+                return (x[0] & mask) * (x[1] & mask) >> U(size)
             else:
                 product = x[0] * x[1]
             product = product + x[2] if kind == "mad" else product

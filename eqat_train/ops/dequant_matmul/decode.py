@@ -19,6 +19,7 @@ from ..overlap import may_overlap
 from ..packed import PackedWeight
 from .decode_row import decode_row_kernel
 from .decode_rows import decode_rows_kernel
+from .inputs import staged_bytes
 from .ptx import fields, most_chains, multiply, pair_inputs, pairs, sum_inputs, sum_warps, unpack_words
 
 __all__ = ["MAX_ROWS", "Plan", "decode_matmul", "decode_refusal"]
@@ -48,16 +49,18 @@ class Plan:
     wide: int = 1
     chains: int = 1
     registers: int | None = None
-    ahead: int = 0
 
 
 def choose(bits: int, words: int, out_features: int, rows: int) -> Plan:
     """The plan for a layer, from measurements on an H200 (docs/results.md)."""
     few = out_features <= 6144  # programs of 32 output features are then about one a multiprocessor
+    if rows == 1 and few:
+        return Plan(8, 8 if bits == 3 else max(1, min(4, -(-words // 32))), chains=4)
     if rows == 1:
-        return Plan(8, max(1, min(8, -(-words // 32))), chains=4) if few else Plan(4, 8, registers=128)
-    units = 4 if few or bits == 3 else 2  # 3 bits have units in fours
-    return Plan(8, units) if few else Plan(4, units, 2, 2)
+        return Plan(4, 4, registers=128) if bits == 3 else Plan(4, 8, chains=1 if bits == 2 else 2, registers=128)
+    if few:
+        return {2: Plan(16, 1), 3: Plan(8, 8)}.get(bits, Plan(8, 4))
+    return {2: Plan(4, 1, 4, 2, registers=128), 3: Plan(2, 4, 4, 1)}.get(bits, Plan(4, 4, 2, 2))
 
 
 def decode_refusal(x: Tensor, packed: PackedWeight, scales: Tensor) -> str | None:
@@ -147,6 +150,9 @@ def _rows(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, 
     sizes = [size for size in range(1, plan.units + 1) if plan.units % size == 0 and group_units % size == 0]
     piece = max(size for size in sizes if size == 1 or size * pairs(bits) * tiles <= 40)
     total, total_operands = sum_warps(8 * tiles, plan.deep, plan.across)
+    # warps across share their inputs in shared memory, copied 8 inputs at a time
+    staged = plan.across > 1 and width % 8 == 0 and packed.in_features % 8 == 0
+    stages = staged_bytes(bits, tiles, plan.deep * plan.units) if staged else 0
     decode_rows_kernel[(triton.cdiv(packed.out_features, FEATURES * plan.wide * plan.across),)](
         *(x, packed.qweight, packed.qzeros, scales, bias, out),
         *(x.shape[0], packed.in_features, packed.out_features, packed.qweight.shape[0]),
@@ -158,12 +164,12 @@ def _rows(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, 
         **_assembly(bits, bf16, 1),
         SUM=total,
         SUM_OPERANDS=total_operands,
-        SHARED=_shared(128 * 8 * tiles * plan.deep * plan.across),
+        SHARED=_shared(max(128 * 8 * tiles * plan.deep * plan.across, stages)),
+        STAGED=staged,
         TILES=tiles,
         UNITS=plan.units,
         PIECE=piece,
         STEPS=-(-packed.groups * group_units // (plan.units * plan.deep)),
-        AHEAD=plan.ahead,
         WIDE=plan.wide,
         ACROSS=plan.across,
         DEEP=plan.deep,

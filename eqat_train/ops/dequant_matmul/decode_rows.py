@@ -9,7 +9,7 @@ deep hold other units, and are added at the end in their order. A warp holds ``W
 which it reads x once.
 """
 
-# ruff: noqa: N803, N806, PLR0911, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -17,61 +17,10 @@ import triton
 import triton.language as tl
 
 from ..overlap import begin, wait_for_inputs
-from .lanes import (
-    divide,
-    floats,
-    load1,
-    load2,
-    load2_if,
-    load4,
-    load4_if,
-    prefetch,
-    store,
-    stream4_if,
-    thread_index,
-    zero_points,
-)
+from .inputs import STAGES, copies_done, inputs, meet, place, stage, staged
+from .lanes import divide, floats, load1, load2_if, load4_if, store, stream4_if, thread_index, zero_points
 
 __all__ = ["decode_rows_kernel"]
-
-
-@triton.jit
-def _inputs(x, k, first, end, BITS: tl.constexpr, EXACT: tl.constexpr):
-    """The inputs of a word, two a register, zero before ``first`` and from ``end`` on; at 3 bits of four words."""
-    if BITS == 3:
-        # 40 inputs from a multiple of 40; groups part at multiples of 8
-        taken = ()
-        for i in tl.static_range(5):
-            at = k + 8 * i
-            taken = taken + load4_if(x + at, (at >= first) & (at < end))
-        return taken
-    elif EXACT:
-        if BITS == 2:
-            return load4(x + k) + load4(x + k + 8)
-        elif BITS == 4:
-            return load4(x + k)
-        else:
-            return load2(x + k)
-    else:
-        live = (k >= first) & (k < end)
-        if BITS == 2:
-            return load4_if(x + k, live) + load4_if(x + k + 8, live)
-        elif BITS == 4:
-            return load4_if(x + k, live)
-        else:
-            return load2_if(x + k, live)
-
-
-@triton.jit
-def _place(unit, r, BITS: tl.constexpr, GROUP: tl.constexpr, GROUP_UNITS: tl.constexpr):
-    """The group of a unit, and the lane's row of words in it. At 3 bits four units: the lane's rows are neighbours."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    group = divide(unit, GROUP_UNITS)
-    if BITS == 3:
-        first = divide(group * GROUP, 40) * 4
-        return group, first + (unit - group * GROUP_UNITS) * 4 + r * 4
-    else:
-        return group, group * (GROUP // PER_WORD) + (unit - group * GROUP_UNITS) * 4 + r
 
 
 @triton.jit
@@ -112,7 +61,7 @@ def _fetch(
     PER_WORD: tl.constexpr = 32 // BITS
     loaded = ()
     for piece in tl.static_range(UNITS // PIECE):
-        group, row = _place(first + piece * PIECE, r, BITS, GROUP, GROUP_UNITS)
+        group, row = place(first + piece * PIECE, r, BITS, GROUP, GROUP_UNITS)
         live = group < groups
         end = tl.minimum((group + 1) * GROUP, words * PER_WORD)
         at = tl.where(live, group, 0).to(tl.int64)
@@ -124,21 +73,6 @@ def _fetch(
                 inside = live & ((row + _below(unit, BITS)) * PER_WORD < end)
                 loaded = loaded + stream4_if(pointer + _below(unit, BITS) * N + here, inside)
     return loaded
-
-
-@triton.jit
-def _announce(
-    qweight, first, r, n, N, groups, BITS: tl.constexpr, GROUP: tl.constexpr, GROUP_UNITS: tl.constexpr,
-    UNITS: tl.constexpr, PIECE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Brings the words of a later step to the L2 cache."""
-    for piece in tl.static_range(UNITS // PIECE):
-        group, row = _place(first + piece * PIECE, r, BITS, GROUP, GROUP_UNITS)
-        pointer = qweight + row.to(tl.int64) * N
-        for wide in tl.static_range(WIDE):
-            here = n + wide * 32
-            for unit in tl.static_range(PIECE):
-                prefetch(pointer + _below(unit, BITS) * N + here, (group < groups - 1) & (here < N))
 
 
 @triton.jit(do_not_specialize=["rows_x", "nothing"])
@@ -172,11 +106,11 @@ def decode_rows_kernel(
     SUM: tl.constexpr,
     SUM_OPERANDS: tl.constexpr,
     SHARED: tl.constexpr,
+    STAGED: tl.constexpr,  # inputs are read from shared memory
     TILES: tl.constexpr,  # of 8 columns
     UNITS: tl.constexpr,  # that a warp loads at once
     PIECE: tl.constexpr,
     STEPS: tl.constexpr,
-    AHEAD: tl.constexpr,
     WIDE: tl.constexpr,
     ACROSS: tl.constexpr,
     DEEP: tl.constexpr,
@@ -188,6 +122,9 @@ def decode_rows_kernel(
     SCALES: tl.constexpr = 4 if scales.dtype.element_ty == tl.float32 else 2
     FACTORS: tl.constexpr = SCALES + (2 if 32 % BITS else 1)
     EACH: tl.constexpr = FACTORS + 4 * PIECE
+    # bytes: a unit's inputs, and those of a step
+    SLICE: tl.constexpr = 8 * TILES * 4 * PER_WORD * 2
+    STAGE: tl.constexpr = DEEP * UNITS * SLICE
     thread = thread_index(32 * ACROSS * DEEP)
     warp = thread >> 5
     lane = thread & 31
@@ -205,15 +142,18 @@ def decode_rows_kernel(
         qweight, qzeros, scales, first, r, n, N, words, groups, zeros_stride, BITS, GROUP, GROUP_UNITS, UNITS, PIECE,
         WIDE,
     )  # fmt: skip
-    for ahead in tl.static_range(2, AHEAD):
-        _announce(qweight, first + ahead * DEEP * UNITS, r, n, N, groups, BITS, GROUP, GROUP_UNITS, UNITS, PIECE, WIDE)
     wait_for_inputs(OVERLAP)
-    for _step in range(STEPS):
+    room = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
+    helper = across * 32 + lane  # of those who copy the same inputs
+    x_at = room + deep * (UNITS * SLICE)
+    if STAGED:
+        for ahead in tl.static_range(STAGES - 1):
+            stage(
+                x_at + ahead * STAGE, helper, x, first + ahead * DEEP * UNITS, rows_x, K, groups, BITS, GROUP,
+                GROUP_UNITS, UNITS, TILES, ACROSS,
+            )  # fmt: skip
+    for step in range(STEPS):
         following = loaded
-        if AHEAD > 1:
-            _announce(
-                qweight, first + AHEAD * DEEP * UNITS, r, n, N, groups, BITS, GROUP, GROUP_UNITS, UNITS, PIECE, WIDE
-            )
         if STEPS > 1:
             following = _fetch(
                 qweight, qzeros, scales, first + DEEP * UNITS, r, n, N, words, groups, zeros_stride, BITS, GROUP,
@@ -225,8 +165,15 @@ def decode_rows_kernel(
             for unit in tl.static_range(PIECE):
                 wait = wait | loaded[part * EACH + FACTORS + 4 * unit]
         start = (wait & nothing).to(tl.float32, bitcast=True)
+        if STAGED:
+            meet(deep + 1, ACROSS)
+            stage(
+                x_at + (step + STAGES - 1) % STAGES * STAGE, helper, x, first + (STAGES - 1) * DEEP * UNITS, rows_x, K,
+                groups, BITS, GROUP, GROUP_UNITS, UNITS, TILES, ACROSS,
+            )  # fmt: skip
+        here_x = x_at + step % STAGES * STAGE
         for piece in tl.static_range(UNITS // PIECE):
-            group, row = _place(first + piece * PIECE, r, BITS, GROUP, GROUP_UNITS)
+            group, row = place(first + piece * PIECE, r, BITS, GROUP, GROUP_UNITS)
             live = group < groups
             first_k = group * GROUP
             end = tl.where(live, tl.minimum(first_k + GROUP, K), 0)
@@ -239,12 +186,14 @@ def decode_rows_kernel(
                 total = (start,) * 4
                 taken = ()
                 for unit in tl.static_range(PIECE):
-                    if BITS == 3:
-                        if unit % 4 == 0:
-                            taken = _inputs(x_row, k + unit // 4 * 160, first_k, end, BITS, EXACT)
-                        pair = _part(taken, unit % 4 * 5, 5)
-                    else:
-                        pair = _inputs(x_row, k + unit * 4 * PER_WORD, first_k, end, BITS, EXACT)
+                    if BITS != 3 or unit % 4 == 0:
+                        if STAGED:
+                            taken = staged(here_x + (piece * PIECE + unit) * SLICE, column + 8 * tile, r, BITS)
+                        elif BITS == 3:
+                            taken = inputs(x_row, k + unit // 4 * 160, first_k, end, BITS, EXACT)
+                        else:
+                            taken = inputs(x_row, k + unit * 4 * PER_WORD, first_k, end, BITS, EXACT)
+                    pair = _part(taken, unit % 4 * 5, 5) if BITS == 3 else taken
                     pair = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, pair, (tl.int32,) * PAIRS, True, 1)
                     total = tl.inline_asm_elementwise(
                         SUM_INPUTS, SUM_INPUTS_OPERANDS, pair + total, (tl.float32,) * 4, True, 1
@@ -280,13 +229,14 @@ def decode_rows_kernel(
         loaded = following
     # value v of a lane: tile v // 8, output feature v % 8 // 2, column 2 * r + v % 2
     COUNT: tl.constexpr = (8 * TILES + DEEP - 1) // DEEP
-    shared = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
+    if STAGED:
+        copies_done(thread)
     for wide in tl.static_range(WIDE):
         values = _part(y, 8 * TILES * wide, 8 * TILES)
         if COUNT == 1:
-            sums = (tl.inline_asm_elementwise(SUM, SUM_OPERANDS, values + (shared,), tl.float32, False, 1),)
+            sums = (tl.inline_asm_elementwise(SUM, SUM_OPERANDS, values + (room,), tl.float32, False, 1),)
         else:
-            sums = tl.inline_asm_elementwise(SUM, SUM_OPERANDS, values + (shared,), (tl.float32,) * COUNT, False, 1)
+            sums = tl.inline_asm_elementwise(SUM, SUM_OPERANDS, values + (room,), (tl.float32,) * COUNT, False, 1)
         here = n + wide * 32
         for i in tl.static_range(COUNT):
             v = deep + i * DEEP

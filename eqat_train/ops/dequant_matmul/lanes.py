@@ -19,7 +19,6 @@ __all__ = [
     "load2_if",
     "load4",
     "load4_if",
-    "prefetch",
     "store",
     "stream4_if",
     "thread_index",
@@ -46,12 +45,6 @@ STREAM4_IF: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
 setp.ne.b32 p, $5, 0;
 @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];
-}""")
-PREFETCH: tl.constexpr = tl.constexpr("""{
-.reg .pred p;
-setp.ne.b32 p, $2, 0;
-@p prefetch.global.L2 [$1];
-mov.b32 $0, 0;
 }""")
 HALVES: tl.constexpr = tl.constexpr("{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}")
 
@@ -106,12 +99,6 @@ def stream4_if(pointer, mask):
     return tl.inline_asm_elementwise(
         STREAM4_IF, "=&r,=&r,=&r,=&r,l,r", [pointer, mask.to(tl.int32)], (tl.int32,) * 4, False, 1
     )
-
-
-@triton.jit
-def prefetch(pointer, mask):
-    """Starts to bring what is there to the L2 cache, unless masked."""
-    tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [pointer, mask.to(tl.int32)], tl.int32, False, 1)
 
 
 @triton.jit
