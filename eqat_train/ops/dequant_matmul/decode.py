@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..overlap import may_overlap
+from ..launches import may_overlap
 from ..packed import PackedWeight
 from .decode_row import decode_row_kernel
 from .decode_rows import decode_rows_kernel
@@ -99,15 +99,18 @@ def decode_matmul(
     x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, plan: Plan | None = None
 ) -> Tensor:
     """``x`` ``[1 to 16, in]`` times the weight, plus ``bias``: ``[rows, out]`` in the dtype of ``x``."""
+    overlap = may_overlap(x.device) and scales.is_contiguous()  # a copy of scales would be the kernel before
     x, scales = x.contiguous(), scales.detach().contiguous()
     plan = plan or choose(packed.bits, packed.qweight.shape[0], packed.out_features, x.shape[0])
     out = x.new_empty(x.shape[0], packed.out_features)
-    (_one_row if x.shape[0] == 1 else _rows)(x, packed, scales, bias, out, plan)
+    (_one_row if x.shape[0] == 1 else _rows)(x, packed, scales, bias, out, plan, overlap)
     return out
 
 
-def _one_row(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan) -> None:
-    bits, bf16, overlap = packed.bits, x.dtype == torch.bfloat16, may_overlap(x.device)
+def _one_row(
+    x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan, overlap: bool
+) -> None:
+    bits, bf16 = packed.bits, x.dtype == torch.bfloat16
     words, width = packed.qweight.shape[0], _width(packed)
     spread = bits != 3 and width % (4 * 32 // bits) == 0
     units, steps, shared = plan.units, 0, MOST_SHARED + 1
@@ -142,8 +145,10 @@ def _one_row(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | Non
     )
 
 
-def _rows(x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan) -> None:
-    bits, bf16, overlap = packed.bits, x.dtype == torch.bfloat16, may_overlap(x.device)
+def _rows(
+    x: Tensor, packed: PackedWeight, scales: Tensor, bias: Tensor | None, out: Tensor, plan: Plan, overlap: bool
+) -> None:
+    bits, bf16 = packed.bits, x.dtype == torch.bfloat16
     width, tiles = _width(packed), -(-x.shape[0] // COLUMNS)
     group_units = _group_units(bits, width, packed.groups)
     # inputs of a piece stay in registers

@@ -4,7 +4,7 @@ Warps that hold different output features of the same units share those units' i
 shared memory, ``STAGES - 1`` steps before they are used. Inputs of another group are zeros.
 """
 
-# ruff: noqa: N803, N806, PLR0911, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0911 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
