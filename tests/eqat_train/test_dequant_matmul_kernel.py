@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eqat_train.ops.dequant_matmul import dequant_matmul
+from eqat_train.ops.launches import overlapping_launches
 from eqat_train.ops.tolerances import TOLERANCES, within_tolerance
 from formats.errors import InputError
 from tests.interpreter import rounding_to_bfloat16
@@ -247,3 +248,27 @@ def test_a_captured_graph_computes_the_same(rows: int) -> None:
     y.fill_(torch.nan)
     graph.replay()
     assert torch.equal(y, expected)
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 16])
+def test_layers_whose_launches_overlap_compute_the_same(rows: int) -> None:
+    case = random_case(2, 64, 2048, 2048)
+    scales = case.scales * 0.7  # outputs are about as large as inputs
+    x = torch.randn(rows, 2048, device="cuda", dtype=torch.float16)
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(12):  # each reads what the one before has just written
+            y = kernel(y, case.packed, scales, None)
+        return y
+
+    expected = chain()
+    assert expected.isfinite().all() and expected.any()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), overlapping_launches():
+        y = chain()
+    for _ in range(20):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
