@@ -54,13 +54,26 @@ class Plan:
 def choose(bits: int, words: int, out_features: int, rows: int) -> Plan:
     """The plan for a layer, from measurements on an H200 (docs/results.md)."""
     few = out_features <= 6144  # programs of 32 output features are then about one a multiprocessor
-    if rows == 1 and few:
-        return Plan(8, 8 if bits == 3 else max(1, min(4, -(-words // 32))), chains=4)
-    if rows == 1:
-        return Plan(4, 4, registers=128) if bits == 3 else Plan(4, 8, chains=1 if bits == 2 else 2, registers=128)
+    many = out_features > 16384
+    return _plan_of_one_row(bits, words, few, many) if rows == 1 else _plan_of_rows(bits, few, many)
+
+
+def _plan_of_one_row(bits: int, words: int, few: bool, many: bool) -> Plan:
+    if few:
+        return Plan(8, max(1, min(8, -(-words // 32))), chains=4)
+    if bits == 3:
+        return Plan(4, 8, registers=168)
+    return Plan(4, 8, chains=1 if bits == 2 and not many else 2, registers=128 if bits == 2 or many else 168)
+
+
+def _plan_of_rows(bits: int, few: bool, many: bool) -> Plan:
     if few:
         return {2: Plan(16, 1), 3: Plan(8, 8)}.get(bits, Plan(8, 4))
-    return {2: Plan(4, 1, 4, 2, registers=128), 3: Plan(2, 4, 4, 1)}.get(bits, Plan(4, 4, 2, 2))
+    if bits == 2:
+        return Plan(4, 1, 4, 2, registers=128) if many else Plan(4, 1, 2, 2)
+    if bits == 3:
+        return Plan(2, 4, 4, 2) if many else Plan(4, 4, registers=168)
+    return Plan(4, 4, 2, 2)
 
 
 def decode_refusal(x: Tensor, packed: PackedWeight, scales: Tensor) -> str | None:
