@@ -1,4 +1,4 @@
-"""Packed linear for 1 to 16 rows of x: one kernel on tensor cores, bounded by the bytes of the weight.
+"""Packed linear for 1 to 16 rows of x, on tensor cores: a kernel for one row and one for several.
 
 A lane reads four neighbouring words at once; the four lanes that share output features hold four rows of words,
 together a *unit* of ``4 * 32 / bits`` input features times 32 output features. Warps split K and are added at the end

@@ -14,19 +14,13 @@ import triton
 import triton.language as tl
 
 from ..overlap import begin, wait_for_inputs
-from .lanes import divide, floats, store, stream4_if, thread_index, zero_points
+from .lanes import COPY_UP_TO_16, divide, floats, store, stream4_if, thread_index, zero_points
 
 __all__ = ["decode_row_kernel"]
 
 COPY16: tl.constexpr = tl.constexpr("cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, 0;")
 COPY8: tl.constexpr = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 8, $3; mov.b32 $0, 0;")
 COPY4: tl.constexpr = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 4, $3; mov.b32 $0, 0;")
-COPY_UP_TO_16: tl.constexpr = tl.constexpr("""{
-.reg .pred p;
-setp.ne.b32 p, $4, 0;
-@p cp.async.cg.shared.global [$1], [$2], 16, $3;
-mov.b32 $0, 0;
-}""")
 # in both the operand is never 1, but that is not known: the wait comes after what the operand depends on
 WAIT_ALL: tl.constexpr = tl.constexpr("""{
 .reg .pred p;

@@ -11,17 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lanes import divide, load2, load2_if, load4, load4_if
+from .lanes import COPY_UP_TO_16, divide, load2, load2_if, load4, load4_if
 
 __all__ = ["STAGES", "copies_done", "inputs", "meet", "place", "stage", "staged", "staged_bytes"]
 
 STAGES: tl.constexpr = tl.constexpr(3)  # steps whose inputs shared memory holds
-COPY_UP_TO_16: tl.constexpr = tl.constexpr("""{
-.reg .pred p;
-setp.ne.b32 p, $4, 0;
-@p cp.async.cg.shared.global [$1], [$2], 16, $3;
-mov.b32 $0, 0;
-}""")
 COMMIT: tl.constexpr = tl.constexpr("cp.async.commit_group; mov.b32 $0, 0;")
 WAIT_BUT_ONE: tl.constexpr = tl.constexpr("cp.async.wait_group 1; mov.b32 $0, 0;")
 WAIT_ALL: tl.constexpr = tl.constexpr("cp.async.wait_all; mov.b32 $0, 0;")

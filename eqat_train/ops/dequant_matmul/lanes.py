@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "COPY_UP_TO_16",
     "divide",
     "floats",
     "load1",
@@ -45,6 +46,12 @@ STREAM4_IF: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
 setp.ne.b32 p, $5, 0;
 @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];
+}""")
+COPY_UP_TO_16: tl.constexpr = tl.constexpr("""{
+.reg .pred p;
+setp.ne.b32 p, $4, 0;
+@p cp.async.cg.shared.global [$1], [$2], 16, $3;
+mov.b32 $0, 0;
 }""")
 HALVES: tl.constexpr = tl.constexpr("{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}")
 
