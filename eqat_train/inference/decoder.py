@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ..ops.launches import overlapping_launches
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
@@ -125,13 +127,13 @@ class GraphedDecoder(Decoder):
         before = [counter.clone() for counter in counters]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), overlapping_launches():
             for _ in range(WARMUP_STEPS):
                 self.decoder.step(self._token)
                 _restore_(counters, before)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), overlapping_launches():
             self._logits = self.decoder.step(self._token)
         _restore_(counters, before)  # capturing runs nothing, but a counter on the host would have moved
         self._graph = graph

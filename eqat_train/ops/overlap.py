@@ -1,32 +1,17 @@
 """Kernels that start while the one before them still runs (programmatic dependent launch, compute capability 9.0 on).
 
 In a decoding step hundreds of kernels of a few microseconds follow each other, and the gap between two of them is a
-good part of each. A kernel launched with ``launch_pdl=OVERLAP`` begins as soon as the one before has let it, reads what
-no kernel writes (weights), and waits before it touches anything else. CUDA graphs keep the overlap.
-
-It is off unless ``EQAT_OVERLAP=1`` is in the environment. Measured on an H200, each small kernel gains half a
-microsecond among its like, but a whole decoding step, whose linears do not take part, loses 2.6 %.
+good part of each. A kernel launched with ``launch_pdl=OVERLAP`` begins as soon as the one before has let it, reads
+weights, and waits before it touches anything else. CUDA graphs keep the overlap. :mod:`.launches` says when it is used.
 """
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
-import os
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 
-__all__ = ["begin", "may_overlap", "wait_for_inputs"]
-
-
-@cache
-def may_overlap(device: torch.device) -> bool:
-    """Whether kernels on a device are launched so."""
-    if os.environ.get("EQAT_OVERLAP") != "1":
-        return False
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+__all__ = ["begin", "wait_for_inputs"]
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..overlap import begin, may_overlap, wait_for_inputs
+from ..launches import may_overlap
+from ..overlap import begin, wait_for_inputs
 
 __all__ = ["add_rms_norm", "refusal"]
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..overlap import may_overlap
+from ..launches import may_overlap
 from .kernels import attend, attend_alone, combine
 
 if TYPE_CHECKING:

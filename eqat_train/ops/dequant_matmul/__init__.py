@@ -24,8 +24,8 @@ def dequant_matmul(
 
     The weight is ``(q - z) * s`` in float32 (float64 for such scales), rounded once to the dtype of ``x``; both matmuls
     with it and ``dY^T X`` run in the dtype of ``x``. The scales' gradient is reduced in float32 (float64 for a float64
-    ``x``) and returned in the dtype of ``scales``. The kernel for a single row of ``x`` does not round the weight: it
-    applies scales to float32 sums.
+    ``x``) and returned in the dtype of ``scales``. The kernels for up to 16 rows of ``x`` do not round the weight: they
+    apply scales and zero-points to float32 sums.
 
     Args:
         x: floating ``[..., in]``.

@@ -1,30 +1,26 @@
-"""The kernel for one row of x: a column of the tensor core's tile is a group of input features.
+"""The kernel for one row of x: the columns of the tensor core's tile are parts of K, each with its own scales.
 
-A column holds the row's inputs that are in its group and zeros elsewhere, so one product adds up 8 groups apart; scales
-and zero-points are applied to the sums, ``s * (sum(q * x) - z * sum(x))``, in float32. A *block* is as many units as
-have no more than 8 groups. Scales, zero-points and x go to shared memory by copies that run on while words are loaded.
+A column holds the row's inputs of one unit and zeros elsewhere, so one product adds up to 8 units apart; where a unit
+has inputs of several groups, a column is a group. Scales and zero-points are applied to the sums,
+``s * (sum(q * x) - z * sum(x))``, in float32. A *block* is as many units as fill the columns. Scales, zero-points and x
+go to shared memory by copies that run on while words are loaded.
 """
 
-# ruff: noqa: N803, N806, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
+# ruff: noqa: N803, N806, PLR0912, PLR0915, RUF005 -- compile-time values are in capitals, and Triton compiles less than Python
 # mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .lanes import divide, store, stream4, thread_index
+from ..overlap import begin, wait_for_inputs
+from .lanes import COPY_UP_TO_16, divide, floats, store, stream4_if, thread_index, zero_points
 
 __all__ = ["decode_row_kernel"]
 
 COPY16: tl.constexpr = tl.constexpr("cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, 0;")
 COPY8: tl.constexpr = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 8, $3; mov.b32 $0, 0;")
 COPY4: tl.constexpr = tl.constexpr("cp.async.ca.shared.global [$1], [$2], 4, $3; mov.b32 $0, 0;")
-COPY_UP_TO_16: tl.constexpr = tl.constexpr("""{
-.reg .pred p;
-setp.ne.b32 p, $4, 0;
-@p cp.async.cg.shared.global [$1], [$2], 16, $3;
-mov.b32 $0, 0;
-}""")
 # in both the operand is never 1, but that is not known: the wait comes after what the operand depends on
 WAIT_ALL: tl.constexpr = tl.constexpr("""{
 .reg .pred p;
@@ -62,7 +58,6 @@ mov.b32 $0, 0;
 }""")
 SWAP1: tl.constexpr = tl.constexpr("{.reg .b32 t; shfl.sync.bfly.b32 t, $2, 1, 31, 0xffffffff; add.f32 $0, $1, t;}")
 SWAP2: tl.constexpr = tl.constexpr("{.reg .b32 t; shfl.sync.bfly.b32 t, $2, 2, 31, 0xffffffff; add.f32 $0, $1, t;}")
-HALVES: tl.constexpr = tl.constexpr("{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}")
 
 
 @triton.jit
@@ -74,14 +69,12 @@ def _copy(to, pointer, mask, SIZE: tl.constexpr):
 
 @triton.jit
 def _take4(at, mask):
-    INTS: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(TAKE4, "=&r,=&r,=&r,=&r,r,r", [at, mask.to(tl.int32)], INTS, False, 1)
+    return tl.inline_asm_elementwise(TAKE4, "=&r,=&r,=&r,=&r,r,r", [at, mask.to(tl.int32)], (tl.int32,) * 4, False, 1)
 
 
 @triton.jit
 def _take2(at, mask):
-    INTS: tl.constexpr = (tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(TAKE2, "=&r,=&r,r,r", [at, mask.to(tl.int32)], INTS, False, 1)
+    return tl.inline_asm_elementwise(TAKE2, "=&r,=&r,r,r", [at, mask.to(tl.int32)], (tl.int32,) * 2, False, 1)
 
 
 @triton.jit
@@ -94,79 +87,48 @@ def _scales(at, DTYPE: tl.constexpr):
     """Four neighbouring scales in float32."""
     always = (at & 0) == 0
     if DTYPE == tl.float32:
-        a, b, c, d = _take4(at, always)
-        return (
-            a.to(tl.float32, bitcast=True),
-            b.to(tl.float32, bitcast=True),
-            c.to(tl.float32, bitcast=True),
-            d.to(tl.float32, bitcast=True),
-        )
+        return floats(_take4(at, always), DTYPE)
     else:
-        a, c = _take2(at, always)
-        if DTYPE == tl.float16:
-            low = tl.inline_asm_elementwise(HALVES, "=f,=f,r", [a], (tl.float32, tl.float32), True, 1)
-            return low + tl.inline_asm_elementwise(HALVES, "=f,=f,r", [c], (tl.float32, tl.float32), True, 1)
-        else:
-            return (
-                (a << 16).to(tl.float32, bitcast=True),
-                (a & -65536).to(tl.float32, bitcast=True),
-                (c << 16).to(tl.float32, bitcast=True),
-                (c & -65536).to(tl.float32, bitcast=True),
-            )
-
-
-@triton.jit
-def _turn(field, BITS: tl.constexpr):
-    """The bit of a field of this word or, past its end, of the next."""
-    return tl.where(field < 32 // BITS, field, field - 32 // BITS) * BITS
+        return floats(_take2(at, always), DTYPE)
 
 
 @triton.jit
 def _zeros(at, next_word, n, BITS: tl.constexpr):
-    """Four neighbouring zero-points in float32; ``n`` is a multiple of 4."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    ONES: tl.constexpr = (1 << BITS) - 1
+    """Four neighbouring zero-points in float32."""
     always = (at & 0) == 0
     first = _take1(at, always)
-    field = n - divide(n, PER_WORD) * PER_WORD
-    if 32 % BITS == 0:
-        a = first >> (field * BITS)
-        b = a >> BITS
-        c = a >> (2 * BITS)
-        d = a >> (3 * BITS)
-    else:
-        # may go on in the next word
+    second = first
+    if 32 % BITS != 0:
         second = _take1(at + next_word, always)
-        a = first >> (field * BITS)
-        b = tl.where(field + 1 < PER_WORD, first, second) >> _turn(field + 1, BITS)
-        c = tl.where(field + 2 < PER_WORD, first, second) >> _turn(field + 2, BITS)
-        d = tl.where(field + 3 < PER_WORD, first, second) >> _turn(field + 3, BITS)
-    return (
-        (a & ONES).to(tl.float32),
-        (b & ONES).to(tl.float32),
-        (c & ONES).to(tl.float32),
-        (d & ONES).to(tl.float32),
-    )
+    return zero_points(first, second, n, BITS)
 
 
 @triton.jit
-def _inputs(at, k, first, column, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """The inputs of a word from shared memory, two a register, zero where ``k``'s group is not ``first + column``."""
-    here = divide(k, GROUP) - first == column
+def _inputs(at, live, BITS: tl.constexpr):
+    """The inputs of a word from shared memory, two a register, zero where not ``live``: at 3 bits a mask a pair."""
     if BITS == 3:
-        # a word may lie in two groups, which part at an even k
-        a = _take1(at, here)
-        b = _take1(at + 4, divide(k + 2, GROUP) - first == column)
-        c = _take1(at + 8, divide(k + 4, GROUP) - first == column)
-        d = _take1(at + 12, divide(k + 6, GROUP) - first == column)
-        e = _take1(at + 16, divide(k + 8, GROUP) - first == column)
+        a = _take1(at, live[0])
+        b = _take1(at + 4, live[1])
+        c = _take1(at + 8, live[2])
+        d = _take1(at + 12, live[3])
+        e = _take1(at + 16, live[4])
         return (a, b, c, d, e)
     elif BITS == 2:
-        return _take4(at, here) + _take4(at + 16, here)
+        return _take4(at, live[0]) + _take4(at + 16, live[0])
     elif BITS == 4:
-        return _take4(at, here)
+        return _take4(at, live[0])
     else:
-        return _take2(at, here)
+        return _take2(at, live[0])
+
+
+@triton.jit
+def _in_group(k, group, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Whether inputs from ``k`` on are of a group, as :func:`_inputs` takes it; groups part at an even ``k``."""
+    live = (divide(k, GROUP) == group,)
+    if BITS == 3:
+        for j in tl.static_range(1, 5):
+            live = live + (divide(k + 2 * j, GROUP) == group,)
+    return live
 
 
 @triton.jit
@@ -179,50 +141,58 @@ def _halve(a, b, lane, BIT: tl.constexpr):
 
 @triton.jit
 def _words(qweight, row, n, N, words, UNITS: tl.constexpr):
-    """Four words of each unit, all in flight."""
+    """Four words of each unit, all in flight; past the last row anything, for inputs are zeros there."""
     pointer = qweight + row.to(tl.int64) * N + n
     loaded = ()
     for unit in tl.static_range(UNITS):
-        loaded = loaded + stream4(pointer + unit * 4 * N, row + unit * 4 < words)
+        loaded = loaded + stream4_if(pointer + unit * 4 * N, row + unit * 4 < words)
     return loaded
 
 
 @triton.jit
-def _fetch(
-    to, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, THREADS: tl.constexpr, SCALE: tl.constexpr,
-    ZEROS: tl.constexpr, SETS: tl.constexpr, CHUNK: tl.constexpr,
+def _fetch_factors(
+    to, thread, qzeros, scales, first_row, r, n, N, words, groups, zeros_stride, BITS: tl.constexpr,
+    GROUP: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, THREADS: tl.constexpr,
+    SCALE: tl.constexpr, ZEROS: tl.constexpr, SETS: tl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of a step: scales and zero-points of each block's groups, and the warp's part of x."""
+    """Starts the copies of a step's scales and zero-points, of each column of its blocks."""
     PER_WORD: tl.constexpr = 32 // BITS
-    lane = thread & 31
-    first_k = first_row * PER_WORD
-    x_to = to + SETS * THREADS * (SCALE + ZEROS) + (thread >> 5) * CHUNK
-    for i in tl.static_range((CHUNK + 511) // 512):
-        at = lane * 16 + i * 512
-        left = (K - first_k) * 2 - at
-        # a lane past the chunk must not write either
-        tl.inline_asm_elementwise(
-            COPY_UP_TO_16,
-            "=r,r,l,r,r",
-            [x_to + at, x + first_k + (at >> 1), tl.minimum(tl.maximum(left, 0), 16), (at < CHUNK).to(tl.int32)],
-            tl.int32,
-            False,
-            1,
-        )
     scales_to = to + thread * SCALE
     zeros_to = to + SETS * THREADS * SCALE + thread * 4
     for block in tl.static_range(UNITS // BLOCK):
         block_row = first_row + block * 4 * BLOCK
         for c in tl.static_range(2):
-            group = divide(block_row * PER_WORD, GROUP) + 2 * r + c
-            live = (block_row < words) & (group < groups)
+            if SPREAD:
+                row = block_row + 4 * (2 * r + c)
+                group = divide(row * PER_WORD, GROUP)
+                live = (row < words) & (2 * r + c < BLOCK)
+            else:
+                group = divide(block_row * PER_WORD, GROUP) + 2 * r + c
+                live = (block_row < words) & (group < groups)
             _copy(scales_to + (2 * block + c) * THREADS * SCALE, scales + group.to(tl.int64) * N + n, live, SCALE)
             zeros_row = qzeros + group.to(tl.int64) * zeros_stride
             zero_to = zeros_to + (2 * block + c) * THREADS * ZEROS
             _copy(zero_to, zeros_row + divide(n, PER_WORD), live, 4)
             if ZEROS == 8:
                 _copy(zero_to + THREADS * 4, zeros_row + divide(n + 3, PER_WORD), live, 4)
+
+
+@triton.jit
+def _fetch_x(to, thread, x, first_row, K, PER_WORD: tl.constexpr, CHUNK: tl.constexpr):
+    """Starts the copies of a warp's inputs for a step, which ends the step's copies."""
+    first_k = first_row * PER_WORD
+    for i in tl.static_range((CHUNK + 511) // 512):
+        at = (thread & 31) * 16 + i * 512
+        left = (K - first_k) * 2 - at
+        # a lane past the chunk must not write either
+        tl.inline_asm_elementwise(
+            COPY_UP_TO_16,
+            "=r,r,l,r,r",
+            [to + at, x + first_k + (at >> 1), tl.minimum(tl.maximum(left, 0), 16), (at < CHUNK).to(tl.int32)],
+            tl.int32,
+            False,
+            1,
+        )
     tl.inline_asm_elementwise(COMMIT, "=r,r", [thread], tl.int32, False, 1)
 
 
@@ -244,22 +214,27 @@ def decode_row_kernel(
     GROUP: tl.constexpr,
     UNPACK: tl.constexpr,
     UNPACK_OPERANDS: tl.constexpr,
+    PAIR: tl.constexpr,
+    PAIR_OPERANDS: tl.constexpr,
+    SUM_INPUTS: tl.constexpr,
+    SUM_INPUTS_OPERANDS: tl.constexpr,
     MULTIPLY: tl.constexpr,
     MULTIPLY_OPERANDS: tl.constexpr,
+    CHAINS: tl.constexpr,  # of products that do not wait for each other
+    REGISTERS: tl.constexpr,  # that a word is unpacked to
     SUM: tl.constexpr,
     SUM_OPERANDS: tl.constexpr,
     SHARED: tl.constexpr,
-    CLASSES: tl.constexpr,
-    BLOCK: tl.constexpr,  # units whose sums share scales
+    SPREAD: tl.constexpr,  # columns are units, not groups
+    BLOCK: tl.constexpr,  # units that fill the columns
     UNITS: tl.constexpr,  # that a warp loads at once
     STEPS: tl.constexpr,
     WARPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     PER_WORD: tl.constexpr = 32 // BITS
     PAIRS: tl.constexpr = PER_WORD // 2
     SPAN: tl.constexpr = 4 * PER_WORD * BLOCK  # input features a block
-    ALIGNED: tl.constexpr = SPAN % GROUP == 0 or GROUP % SPAN == 0  # a block starts where a group does, or has one
-    SUMS: tl.constexpr = 8 * len(CLASSES) + 4
     THREADS: tl.constexpr = 32 * WARPS
     # bytes: a thread's four scales, words of zero-points, and what a warp needs of x
     SCALE: tl.constexpr = 4 * scales.dtype.element_ty.primitive_bitwidth // 8
@@ -278,24 +253,31 @@ def decode_row_kernel(
     y = (zero, zero, zero, zero, zero, zero, zero, zero)
     shared = tl.inline_asm_elementwise(SHARED, "=r,r", [thread], tl.int32, False, 1)
     first_row = warp * (4 * UNITS)
-    _fetch(
-        shared, thread, x, qzeros, scales, first_row, r, n, K, N, words, groups, zeros_stride, BITS, GROUP, BLOCK,
-        UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
-    )  # fmt: skip
+    # weights are nobody's output: their loads need not wait for the kernels before
+    begin(OVERLAP)
     loaded = _words(qweight, first_row + r, n, N, words, UNITS)
+    _fetch_factors(
+        shared, thread, qzeros, scales, first_row, r, n, N, words, groups, zeros_stride, BITS, GROUP, SPREAD, BLOCK,
+        UNITS, THREADS, SCALE, ZEROS, SETS,
+    )  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    x_to = shared + SETS * THREADS * (SCALE + ZEROS) + warp * CHUNK
+    _fetch_x(x_to, thread, x, first_row, K, PER_WORD, CHUNK)
     for step in range(STEPS):
         here = shared + (step & 1) * STAGE
         following = loaded
         if STEPS > 1:
             next_row = first_row + WARPS * 4 * UNITS
-            _fetch(
-                shared + (STAGE - (step & 1) * STAGE), thread, x, qzeros, scales, next_row, r, n, K, N, words, groups,
-                zeros_stride, BITS, GROUP, BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS, CHUNK,
-            )  # fmt: skip
+            there = STAGE - (step & 1) * STAGE
             following = _words(qweight, next_row + r, n, N, words, UNITS)
+            _fetch_factors(
+                shared + there, thread, qzeros, scales, next_row, r, n, N, words, groups, zeros_stride, BITS, GROUP,
+                SPREAD, BLOCK, UNITS, THREADS, SCALE, ZEROS, SETS,
+            )  # fmt: skip
+            _fetch_x(x_to + there, thread, x, next_row, K, PER_WORD, CHUNK)
         scales_at = here + thread * SCALE
         zeros_at = here + SETS * THREADS * SCALE + thread * 4
-        x_at = here + SETS * THREADS * (SCALE + ZEROS) + warp * CHUNK
+        x_at = x_to + (step & 1) * STAGE
         first_k = first_row * PER_WORD
         # nothing is 0, but the compiler cannot know: sums that wait for all words keep the loads in flight together
         wait = loaded[0]
@@ -305,40 +287,46 @@ def decode_row_kernel(
         WAIT: tl.constexpr = WAIT_ALL if STEPS == 1 else WAIT_BUT_ONE
         tl.inline_asm_elementwise(WAIT, "=r,r", [wait & nothing], tl.int32, False, 1)
         for block in tl.static_range(UNITS // BLOCK):
-            acc = (start,) * SUMS
-            for unit in tl.static_range(BLOCK):
-                chunk_row = (block * BLOCK + unit) * 4 + r
-                if ALIGNED:
-                    xs = _inputs(x_at + chunk_row * PER_WORD * 2, (unit * 4 + r) * PER_WORD, 0, column, GROUP, BITS)
-                else:
-                    k = first_k + chunk_row * PER_WORD
-                    first = divide(first_k + block * SPAN, GROUP)
-                    xs = _inputs(x_at + chunk_row * PER_WORD * 2, k, first, column, GROUP, BITS)
-                codes = tl.inline_asm_elementwise(
-                    UNPACK,
-                    UNPACK_OPERANDS,
-                    (
-                        loaded[4 * (block * BLOCK + unit)],
-                        loaded[4 * (block * BLOCK + unit) + 1],
-                        loaded[4 * (block * BLOCK + unit) + 2],
-                        loaded[4 * (block * BLOCK + unit) + 3],
-                    ),
-                    (tl.int32,) * (4 * PAIRS),
-                    True,
-                    1,
+            acc = (start,) * (8 * CHAINS)
+            sums = (start,) * 4
+            mine = (r,) * PAIRS
+            if SPREAD:
+                row = (block * BLOCK + column) * 4 + r
+                mine = _inputs(x_at + row * PER_WORD * 2, (column < BLOCK,), BITS)
+                mine = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, mine, (tl.int32,) * PAIRS, True, 1)
+                sums = tl.inline_asm_elementwise(
+                    SUM_INPUTS, SUM_INPUTS_OPERANDS, mine + sums, (tl.float32,) * 4, True, 1
                 )
+            for unit in tl.static_range(BLOCK):
+                xs = ()
+                if SPREAD:
+                    for j in tl.static_range(PAIRS):
+                        xs = xs + (tl.where(column == unit, mine[j], 0),)
+                else:
+                    row = (block * BLOCK + unit) * 4 + r
+                    group = divide(first_k + block * SPAN, GROUP) + column
+                    live = _in_group(first_k + row * PER_WORD, group, GROUP, BITS)
+                    xs = _inputs(x_at + row * PER_WORD * 2, live, BITS)
+                    xs = tl.inline_asm_elementwise(PAIR, PAIR_OPERANDS, xs, (tl.int32,) * PAIRS, True, 1)
+                    sums = tl.inline_asm_elementwise(
+                        SUM_INPUTS, SUM_INPUTS_OPERANDS, xs + sums, (tl.float32,) * 4, True, 1
+                    )
+                four = ()
+                for i in tl.static_range(4):
+                    four = four + (loaded[4 * (block * BLOCK + unit) + i],)
+                codes = tl.inline_asm_elementwise(UNPACK, UNPACK_OPERANDS, four, (tl.int32,) * (4 * REGISTERS), True, 1)
                 acc = tl.inline_asm_elementwise(
-                    MULTIPLY, MULTIPLY_OPERANDS, codes + xs + acc, (tl.float32,) * SUMS, True, 1
+                    MULTIPLY, MULTIPLY_OPERANDS, codes + xs + acc, (tl.float32,) * (8 * CHAINS), True, 1
                 )
             new_y = ()
             for c in tl.static_range(2):
                 s = _scales(scales_at + (2 * block + c) * THREADS * SCALE, scales.dtype.element_ty)
                 z = _zeros(zeros_at + (2 * block + c) * THREADS * ZEROS, THREADS * 4, n, BITS)
                 for t in tl.static_range(4):
-                    total = acc[2 * t + c] * CLASSES[0]
-                    for i in tl.static_range(1, len(CLASSES)):
-                        total += acc[8 * i + 2 * t + c] * CLASSES[i]
-                    new_y = new_y + (y[c * 4 + t] + s[t] * (total - z[t] * acc[SUMS - 4 + c]),)
+                    total = sums[2 + c] + z[t] * sums[c]
+                    for i in tl.static_range(CHAINS):
+                        total += acc[8 * i + 2 * t + c]
+                    new_y = new_y + (y[c * 4 + t] + s[t] * total,)
             y = new_y
         first_row += WARPS * 4 * UNITS
         loaded = following

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..gated_silu_grad import gated_silu_grad_
-from ..overlap import begin, may_overlap, wait_for_inputs
+from ..launches import may_overlap
+from ..overlap import begin, wait_for_inputs
 
 __all__ = ["gated_silu", "refusal"]
 
