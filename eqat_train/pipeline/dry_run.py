@@ -159,10 +159,13 @@ def _memory(plan: TrainPlan, shape: ModelShape, work: Work) -> list[_Row]:
             rows.append(_Row("memory", "Block-AP, GPU", detail, round(block_bytes(largest, tokens))))
     if work.e2e_samples:
         e2e = e2e_bytes(shape, work, element=dtype.itemsize)
-        where = "GPU" if on_gpu else "CPU"
+        where, least = ("GPU", "; free memory saves recomputing") if on_gpu else ("CPU", "")
         if not on_gpu:
-            e2e += PROCESS_BYTES + windows
-        rows.append(_Row("memory", f"E2E-QP, {where}", f"the whole packed model, {_windows(work)} a pass", round(e2e)))
+            kept = work.e2e_micro_batch * work.e2e_seq_len * sum(block.features for block in shape.blocks)
+            e2e += PROCESS_BYTES + windows + min(ACTIVATION_BUDGET, dtype.itemsize * kept)
+        rows.append(
+            _Row("memory", f"E2E-QP, {where}", f"the whole packed model, {_windows(work)} a pass{least}", round(e2e))
+        )
     return rows
 
 
