@@ -39,7 +39,7 @@ import yaml
 from eqat_train.commands import silence_libraries
 from eqat_train.config import build_config, read_config
 from eqat_train.data import evaluation_windows, open_source, token_stream
-from eqat_train.evaluate import perplexity
+from eqat_train.evaluation.perplexity import perplexity
 from eqat_train.hardware import resolve_device
 from eqat_train.models.loading import load_dense_model, load_tokenizer
 from eqat_train.options import TrainConfig

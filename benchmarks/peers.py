@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eqat_train.data import evaluation_windows, open_source, token_stream, training_windows
-from eqat_train.evaluate import perplexity
+from eqat_train.evaluation.perplexity import perplexity
 from eqat_train.models.loading import load_dense_model, load_tokenizer
 from formats import QuantScheme
 from formats.affine import dequantize, round_to_nearest

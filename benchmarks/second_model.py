@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from eqat_train.data import evaluation_windows, open_source, token_stream
-from eqat_train.evaluate import perplexity
+from eqat_train.evaluation.perplexity import perplexity
 
 __all__ = ["build", "learning_rate", "train_"]
 

@@ -18,7 +18,8 @@ from formats.model import open_checkpoint
 
 from .config import build_config, context_window
 from .data import evaluation_windows, open_source, token_stream
-from .evaluate import generate_sample, perplexity
+from .evaluation.perplexity import generate_sample, perplexity
+from .evaluation.tasks import TaskSettings, check_harness, run_tasks
 from .hardware import resolve_device, resolve_dtype
 from .inference.loading import load_model
 from .inference.session import GenerationOptions, start_generation
@@ -30,7 +31,6 @@ from .ranks.group import joined
 from .ranks.together import run_together
 from .reporting.progress import Reporter
 from .reporting.reporters import JsonReporter, LineReporter, TerminalReporter
-from .tasks import TaskSettings, check_harness, run_tasks
 
 __all__ = ["EvalOptions", "GenerationOptions", "eval_command", "generate_command", "train_command"]
 

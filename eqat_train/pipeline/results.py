@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from formats.model import Checkpoint, open_checkpoint
 
 from ..data import TokenWindows
-from ..evaluate import generate_sample, perplexity
+from ..evaluation.perplexity import generate_sample, perplexity
+from ..evaluation.streamed import dense_bytes, streamed_perplexity
 from ..models.loading import load_dense_model
 from ..reporting.progress import Reporter
-from ..streamed_evaluation import dense_bytes, streamed_perplexity
 
 __all__ = ["Measurement", "ModelResult"]
 

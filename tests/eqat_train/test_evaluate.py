@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY, save_tiny_model, tiny_tokens
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eqat_train.data import TokenWindows
-from eqat_train.evaluate import generate_sample, perplexity
+from eqat_train.evaluation.perplexity import generate_sample, perplexity
 from eqat_train.models.loading import load_dense_model, load_tokenizer
 from formats.errors import InputError
 

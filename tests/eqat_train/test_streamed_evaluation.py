@@ -8,12 +8,12 @@ from tiny_checkpoints import quantize_folder
 from tiny_models import ARCHITECTURES, MIXTURES, save_tiny_model, tiny_tokens
 
 from eqat_train.data import TokenWindows
-from eqat_train.evaluate import perplexity
+from eqat_train.evaluation.perplexity import perplexity
+from eqat_train.evaluation.streamed import streamed_perplexity
 from eqat_train.models.loading import load_dense_model
 from eqat_train.pipeline import train as pipeline
 from eqat_train.pipeline.train import train
 from eqat_train.reporting.progress import Reporter
-from eqat_train.streamed_evaluation import streamed_perplexity
 from formats import QuantScheme
 from formats.errors import InputError
 from formats.model import open_checkpoint

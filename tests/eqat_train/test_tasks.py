@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from eqat_train.cli import app
+from eqat_train.evaluation.tasks import TaskSettings, check_harness, check_names, run_tasks
 from eqat_train.models.loading import load_dense_model
-from eqat_train.tasks import TaskSettings, check_harness, check_names, run_tasks
 from formats import QuantScheme
 from formats.errors import InputError, MissingExtraError
 

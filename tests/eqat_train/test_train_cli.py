@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from eqat_train.cli import app
 from eqat_train.config import TrainConfig, build_config
 from eqat_train.data import evaluation_windows, open_source, token_stream
-from eqat_train.evaluate import perplexity
+from eqat_train.evaluation.perplexity import perplexity
 from eqat_train.models.loading import load_dense_model, load_tokenizer
 from eqat_train.pipeline.results import Measurement, ModelResult
 from eqat_train.pipeline.train import train

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from formats.errors import InputError
 
-from .reporting.progress import Reporter, Task
+from ..reporting.progress import Reporter, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from formats.errors import InputError, MissingExtraError
 
-from .reporting.progress import Reporter
+from ..reporting.progress import Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from formats.errors import InputError
 
-from .data import NO_LOSS, TokenWindows
-from .reporting.progress import Reporter
+from ..data import NO_LOSS, TokenWindows
+from ..reporting.progress import Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

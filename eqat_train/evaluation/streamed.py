@@ -2,8 +2,8 @@
 
 Hidden states of all windows are kept where Block-AP would keep them. In the end the model's own forward runs with
 blocks that hand the kept states on, so the final norm, the head and whatever an architecture does to its logits are
-the model's. In float32 the result is that of :func:`eqat_train.evaluate.perplexity`; in bfloat16 embeddings and rotary
-angles are computed in float32 first, which is closer to the weights.
+the model's. In float32 the result is that of :func:`.perplexity.perplexity`; in bfloat16 embeddings and rotary angles
+are computed in float32 first, which is closer to the weights.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from formats.checkpoint import CheckpointReader
 from formats.model import Checkpoint
 
-from .block_ap.activations import ActivationStore, Place, bytes_to_train, choose_place
-from .block_ap.capture import BlockCall, Capture
-from .block_ap.passes import forward_spans
-from .data import TokenWindows
-from .evaluate import BATCH_TOKENS, check_windows, perplexity_of
-from .models.decoder import find_decoder_layers
-from .models.loading import OwnTensors, build_skeleton, load_parameters_, unload_
-from .reporting.progress import Reporter
+from ..block_ap.activations import ActivationStore, Place, bytes_to_train, choose_place
+from ..block_ap.capture import BlockCall, Capture
+from ..block_ap.passes import forward_spans
+from ..data import TokenWindows
+from ..models.decoder import find_decoder_layers
+from ..models.loading import OwnTensors, build_skeleton, load_parameters_, unload_
+from ..reporting.progress import Reporter
+from .perplexity import BATCH_TOKENS, check_windows, perplexity_of
 
 __all__ = ["DenseSource", "dense_bytes", "streamed_perplexity"]
 
