@@ -95,7 +95,7 @@ def export(
         typer.Option(
             "--workers",
             metavar="N",
-            help="Processes that encode and write; without it, 1 for small models and a core each for large ones.",
+            help="Processes that encode and write the same bytes. Default 1, which encodes in threads.",
             show_default=False,
         ),
     ] = None,

@@ -130,7 +130,7 @@ def convert(
         options: what the target format's constructor takes (``Format.options``).
         shard_size: bytes of a file.
         force: replace an existing checkpoint at ``out``.
-        workers: processes that encode and write; 1 is this one alone, None decides by cores and size.
+        workers: processes that encode and write; 1, or None, is this one alone.
         group: the ranks that share the work, this being rank 0; the others are in ``serve_rank``.
         start: called with the number of tensors to write; returns what is called with each layer's name when done.
 
@@ -151,7 +151,7 @@ def convert(
             raise _with_ways_out(error, checkpoint, out) from error
         result = Conversion(source, out, checkpoint.format.id, form.id, checkpoint.scheme, len(checkpoint.layer_names))
         tasks = plan_tasks(checkpoint, form, writer)
-        crew = choose_crew(workers, checkpoint, tasks, writer, group)
+        crew = choose_crew(workers, tasks, writer, group)
         if crew.workers > 1 and isinstance(writer, PlacingWriter):
             settings = {
                 "source": str(source.resolve()),

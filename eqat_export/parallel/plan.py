@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from eqat_export.encoding import layer_memory
 from eqat_export.parallel.ranks import Group
 from eqat_export.parallel.schedule import Task
@@ -23,8 +21,6 @@ LIMIT = 2 * 2**30  # bytes that all processes of an export may take
 _PARENT, _WORKER = 320 * 2**20, 140 * 2**20  # of which an idle process has its own: Python, torch, headers
 _LEAST = 256 * 2**20
 _COPIED = 32 * 2**20  # bytes from which a tensor is copied a few at a time
-_WORTHWHILE = 3 * 10**9  # bytes of a source from which workers pay for their start
-_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -57,17 +53,11 @@ def plan_tasks(checkpoint: Checkpoint, form: Format, writer: ModelWriter) -> lis
     return tasks
 
 
-def choose_crew(
-    asked: int | None,
-    checkpoint: Checkpoint,
-    tasks: Sequence[Task],
-    writer: ModelWriter,
-    group: Group | None = None,
-) -> Crew:
+def choose_crew(asked: int | None, tasks: Sequence[Task], writer: ModelWriter, group: Group | None = None) -> Crew:
     """How many processes an export takes, and the memory that is left for its parts.
 
-    Without a number: as many as torch may use threads, if the source is large enough that they pay for their start, and
-    no more than the largest parts leave memory for. Ranks are what torchrun started.
+    Without a number it is one, which encodes in threads: two processes were not faster (docs/results.md). Ranks are
+    what torchrun started.
 
     Raises:
         InputError: more than one is asked for where they cannot be had.
@@ -81,12 +71,7 @@ def choose_crew(
         what = f"--workers {asked}" if group is None else "torchrun"
         raise InputError(f"{what}: {refusal}; export with one process")
     largest = max(task.memory for task in tasks)
-    workers = asked if group is None else -(-group.size // group.machines)
-    if workers is None:
-        size = sum(info.nbytes for info in checkpoint.reader.tensors.values())
-        fitting = max(1, (LIMIT - _PARENT) // (_WORKER + largest))
-        wanted = min(torch.get_num_threads(), _MOST, fitting)
-        workers = wanted if size >= _WORTHWHILE and not refusal else 1
+    workers = asked or 1 if group is None else -(-group.size // group.machines)
     memory = max(LIMIT - _PARENT - workers * _WORKER, _LEAST)
     machines = 1 if group is None else group.machines
     return Crew(workers * machines, memory * machines, keep_memory=workers * largest <= memory)

@@ -227,35 +227,20 @@ def members(group: int) -> list[int]:
     return found
 
 
-def crew(asked: int | None, tensors: dict[str, tuple[int, ...]], memory: int, writer: object) -> plan.Crew:
-    class Info:
-        def __init__(self, shape: tuple[int, ...]) -> None:
-            self.nbytes = shape[0]
-
-    class Source:
-        class reader:  # noqa: N801
-            pass
-
-    Source.reader.tensors = {name: Info(shape) for name, shape in tensors.items()}  # type: ignore[attr-defined]
-    return plan.choose_crew(asked, Source, [plan.Task("a", "layer", memory)], writer)  # type: ignore[arg-type]
+def crew(asked: int | None, memory: int, writer: object) -> plan.Crew:
+    return plan.choose_crew(asked, [plan.Task("a", "layer", memory)], writer)  # type: ignore[arg-type]
 
 
-def test_large_sources_get_a_worker_a_core_and_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_unless_more_are_asked_for_and_they_share_the_memory() -> None:
     from formats.model_writer import FolderWriter  # noqa: PLC0415
 
     writer = object.__new__(FolderWriter)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    small, large = {"a": (10**9,)}, {"a": (10**11,), "b": (10**11,)}
-    assert crew(None, small, 10**8, writer).workers == 1
-    assert crew(4, small, 10**8, writer).workers == 4
-    assert crew(None, large, 10**8, writer).workers == 6
-    few = crew(None, large, 7 * 10**8, writer)
-    assert few.workers == 2 and few.keep_memory
+    assert crew(None, 10**8, writer).workers == 1
     for count in (1, 2, 6, 8):
-        asked = crew(count, large, 7 * 10**8, writer)
+        asked = crew(count, 7 * 10**8, writer)
         assert asked.workers == count
         assert asked.memory + plan._PARENT + count * plan._WORKER <= plan.LIMIT
-    assert not crew(8, large, 7 * 10**8, writer).keep_memory
+    assert crew(2, 7 * 10**8, writer).keep_memory and not crew(8, 7 * 10**8, writer).keep_memory
 
 
 def test_workers_that_cannot_be_had_are_refused(native: Callable[..., Path], tmp_path: Path, eqat: Callable) -> None:
@@ -263,7 +248,7 @@ def test_workers_that_cannot_be_had_are_refused(native: Callable[..., Path], tmp
         pass
 
     with pytest.raises(InputError, match="--workers 2: this format's writer takes tensors from one process only"):
-        crew(2, {"a": (1,)}, 1, Own)
-    assert crew(None, {"a": (10**12,)}, 1, Own).workers == 1
+        crew(2, 1, Own)
+    assert crew(None, 1, Own).workers == 1
     outcome = eqat("export", native(), "--to", "gptq", "--workers", "0")
     assert outcome.code == 2 and "--workers is 0; it is a positive number" in outcome.err
