@@ -71,10 +71,9 @@ def choose_crew(asked: int | None, tasks: Sequence[Task], writer: ModelWriter, g
         what = f"--workers {asked}" if group is None else "torchrun"
         raise InputError(f"{what}: {refusal}; export with one process")
     largest = max(task.memory for task in tasks)
-    workers = asked or 1 if group is None else -(-group.size // group.machines)
+    workers = asked or 1 if group is None else group.size
     memory = max(LIMIT - _PARENT - workers * _WORKER, _LEAST)
-    machines = 1 if group is None else group.machines
-    return Crew(workers * machines, memory * machines, keep_memory=workers * largest <= memory)
+    return Crew(workers, memory, keep_memory=workers * largest <= memory)
 
 
 def _refusal(writer: ModelWriter) -> str | None:

@@ -1,4 +1,4 @@
-"""An export shared by the ranks that torchrun started, on one machine or on several with a folder in common.
+"""An export shared by the ranks that torchrun started, on one machine.
 
 Rank 0 plans, tells places and publishes; every rank encodes and writes, rank 0 by a process of its own. Ranks find rank
 0 through torchrun's own store and talk to it over TCP, JSON messages alone, after a key that only the store knows.
@@ -30,7 +30,7 @@ __all__ = ["Group", "Ranks", "find_group", "serve_rank"]
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOOPBACK = "127.0.0.1"
-_PATIENCE = timedelta(minutes=30)  # for rank 0 to open a large checkpoint on a slow disk, or a machine to come up
+_PATIENCE = timedelta(minutes=30)  # for rank 0 to open a large checkpoint on a slow disk
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,11 @@ class Group:
     Attributes:
         rank: this one's number.
         size: how many there are.
-        machines: on how many they are.
         key: what rank 0's address is called in the store; another one after a restart.
     """
 
     rank: int
     size: int
-    machines: int
     key: str
 
 
@@ -54,7 +52,7 @@ def find_group(environment: Mapping[str, str] = os.environ) -> Group | None:
     """The ranks that torchrun's variables tell of; None where there are none, or this is the only one.
 
     Raises:
-        InputError: a variable is no number.
+        InputError: a variable is no number, or the ranks are on several machines: they meet on the loopback alone.
     """
     if not all(name in environment for name in _VARIABLES):
         return None
@@ -63,7 +61,9 @@ def find_group(environment: Mapping[str, str] = os.environ) -> Group | None:
     except ValueError as exc:
         raise InputError(f"torchrun's variables {', '.join(_VARIABLES[:3])} are numbers: {exc}") from exc
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return None if size == 1 else Group(rank, size, -(-size // local), f"eqat/export/{attempt}")
+    if size > local:
+        raise InputError(f"{size} ranks with {local} here are on several machines; export with ranks of one machine")
+    return None if size == 1 else Group(rank, size, f"eqat/export/{attempt}")
 
 
 class Ranks(Processes):
@@ -104,11 +104,10 @@ class Ranks(Processes):
                 left.remove(channel)
 
     def __enter__(self) -> Ranks:
-        key, local = secrets.token_hex(32), self._group.machines == 1
-        with socket.create_server((_LOOPBACK if local else "", 0)) as server:
-            host = _LOOPBACK if local else os.environ["MASTER_ADDR"]
+        key = secrets.token_hex(32)
+        with socket.create_server((_LOOPBACK, 0)) as server:
             self._store = _store(self._group)  # kept: where torchrun has none, it is this process that serves it
-            self._store.set(self._group.key, json.dumps([host, server.getsockname()[1], key]))
+            self._store.set(self._group.key, json.dumps([server.getsockname()[1], key]))
             super().__enter__()
             try:
                 while len(self.channels) < self._group.size:
@@ -140,8 +139,8 @@ def serve_rank(group: Group) -> None:
     Raises:
         CheckpointError: rank 0 gave up.
     """
-    host, port, key = _address(group)
-    with socket.create_connection((host, port)) as link:
+    port, key = _address(group)
+    with socket.create_connection((_LOOPBACK, port)) as link:
         channel = Channel(Connection(link.detach()), "rank 0")
     try:
         channel.send({"key": key, "rank": group.rank})
@@ -154,15 +153,15 @@ def serve_rank(group: Group) -> None:
         raise CheckpointError(f"rank 0 gave up, and so does rank {group.rank}; rank 0 says why")
 
 
-def _address(group: Group) -> tuple[str, int, str]:
-    """Where rank 0 is, and the key, once it has said so."""
+def _address(group: Group) -> tuple[int, str]:
+    """Rank 0's port and the key, once it has said so."""
     store, deadline = _store(group), time.monotonic() + _PATIENCE.total_seconds()
     while not store.check([group.key]):  # waiting for it inside the store would let no signal through
         if time.monotonic() > deadline:
             raise CheckpointError(f"rank 0 said nothing for {_PATIENCE}; see what it says, or whether it runs")
         time.sleep(0.05)
-    host, port, key = json.loads(store.get(group.key))
-    return host, port, key
+    port, key = json.loads(store.get(group.key))
+    return port, key
 
 
 def _store(group: Group) -> dist.Store:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = {
     "RANK": "1",
     "WORLD_SIZE": "6",
-    "LOCAL_WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "6",
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500",
 }
@@ -82,7 +82,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Ranks, "_start", start)
     found = find_group()
-    assert found == Group(0, 2, 1, "eqat/export/0")
+    assert found == Group(0, 2, "eqat/export/0")
     return found
 
 
@@ -106,9 +106,9 @@ def test_a_rank_that_is_gone_ends_the_export(native: Callable[..., Path], tmp_pa
     before = sorted(tmp_path.iterdir())
 
     def leave() -> None:
-        host, port, key = ranks._address(Group(1, 2, 1, group.key))
+        port, key = ranks._address(Group(1, 2, group.key))
         for hello in ({"key": "guessed", "rank": 1}, {"key": key, "rank": 1}):
-            channel = Channel(Connection(socket.create_connection((host, port)).detach()), "rank 0")
+            channel = Channel(Connection(socket.create_connection(("127.0.0.1", port)).detach()), "rank 0")
             channel.send(hello)
             if hello["key"] == key:
                 channel.receive()
@@ -130,7 +130,7 @@ def test_when_rank_0_gives_up_the_others_do(
     native: Callable[..., Path], edited: Callable[..., Path], tmp_path: Path, group: Group
 ) -> None:
     source = edited(native(), lambda tensors: tensors["model.layers.1.mlp.up_proj.scales"].fill_(float("nan")))
-    thread, raised = in_thread(lambda: serve_rank(Group(1, 2, 1, group.key)))
+    thread, raised = in_thread(lambda: serve_rank(Group(1, 2, group.key)))
     with pytest.raises(CheckpointError, match="scales hold NaN"):
         convert(source, tmp_path / "out", "gptq", group=group)
     thread.join(20)
@@ -152,7 +152,7 @@ def test_everything_is_on_disk_before_it_is_published(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", noted)
-    thread, raised = in_thread(lambda: serve_rank(Group(1, 2, 1, group.key)))
+    thread, raised = in_thread(lambda: serve_rank(Group(1, 2, group.key)))
     convert(source, tmp_path / "out", "gptq", group=group, shard_size=60_000)
     thread.join(20)
     assert not raised
@@ -164,7 +164,7 @@ def test_everything_is_on_disk_before_it_is_published(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = find_group()
     assert again is not None and again.key != group.key
-    thread, raised = in_thread(lambda: serve_rank(Group(1, 2, 1, again.key)))
+    thread, raised = in_thread(lambda: serve_rank(Group(1, 2, again.key)))
     with pytest.raises(CheckpointError, match="no space left"):
         convert(source, tmp_path / "second", "gptq", group=again)
     thread.join(20)
@@ -172,9 +172,11 @@ def test_everything_is_on_disk_before_it_is_published(
 
 
 def test_the_group_is_read_from_torchruns_variables() -> None:
-    assert find_group(VARIABLES) == Group(1, 6, 3, "eqat/export/0")
-    assert find_group(VARIABLES | {"TORCHELASTIC_RESTART_COUNT": "2"}) == Group(1, 6, 3, "eqat/export/2")
-    assert find_group(VARIABLES | {"WORLD_SIZE": "1"}) is None
+    assert find_group(VARIABLES) == Group(1, 6, "eqat/export/0")
+    assert find_group(VARIABLES | {"TORCHELASTIC_RESTART_COUNT": "2"}) == Group(1, 6, "eqat/export/2")
+    assert find_group(VARIABLES | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}) is None
+    with pytest.raises(InputError, match="6 ranks with 2 here are on several machines"):
+        find_group(VARIABLES | {"LOCAL_WORLD_SIZE": "2"})
     for name in VARIABLES:
         assert find_group({key: value for key, value in VARIABLES.items() if key != name}) is None
     with pytest.raises(InputError, match="RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are numbers"):
