@@ -59,7 +59,7 @@ def test_it_comes_nearer_to_the_model_than_rounding(architecture: str, tmp_path:
     # so little data says little of the activations
     report = run(model, tmp_path, replace(SETTINGS, epochs=8, start="mse"))
     assert report.losses[-1] < report.losses[0] and 0 < report.codes_changed < 0.5
-    assert divergence(model, tmp_path / "out") < 0.9 * divergence(model, tmp_path / "rounded" / "out")
+    assert divergence(model, tmp_path / "out") < 0.8 * divergence(model, tmp_path / "rounded" / "out")
     with CheckpointReader(model) as before, open_checkpoint(tmp_path / "out") as after:
         assert set(after.passthrough_names) | {f"{name}.weight" for name in after.layer_names} >= set(
             name for name in before.tensors if not name.endswith(".bias")
