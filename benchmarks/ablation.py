@@ -9,6 +9,7 @@ A YAML file names the variants by table, each with what it changes in a recipe t
         best: {}
         next-token loss: {distill: 0}
         paper: {recipe: paper, samples: 2048, seq_len: 1024}
+        averaged: {loop: averaged}  # of benchmarks/leads.py
 
 Every variant is trained as ``eqat train`` would, and its checkpoint measured as by ``eqat eval --dtype float32``. Each
 line of the CSV file is one variant and one seed; what the file has already is not run again. The column ``seconds`` is
@@ -36,6 +37,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.leads import LOOPS, training_by
 from eqat_train.commands import silence_libraries
 from eqat_train.config import build_config, read_config
 from eqat_train.data import evaluation_windows, open_source, token_stream
@@ -63,6 +65,7 @@ class Variant:
         table: that the row is in.
         name: of the row.
         recipe: it starts from.
+        loop: of :mod:`benchmarks.leads`; None is the recipe's own.
         changes: what the row itself changes.
         settings: the changes, and what is the same in all rows.
     """
@@ -70,12 +73,14 @@ class Variant:
     table: str
     name: str
     recipe: str
+    loop: str | None
     changes: Mapping[str, Any]
     settings: Mapping[str, Any]
 
     def keys(self, model: str, seed: int) -> dict[str, str]:
         """The columns that say what a line measures."""
-        setting = ", ".join([self.recipe, *(f"{name} {value}" for name, value in self.changes.items())])
+        loop = [f"loop {self.loop}"] if self.loop else []
+        setting = ", ".join([self.recipe, *loop, *(f"{name} {value}" for name, value in self.changes.items())])
         return dict(zip(KEYS, (self.table, Path(model).name, self.name, setting, str(seed)), strict=True))
 
 
@@ -104,12 +109,14 @@ def read_variants(file: Path) -> list[Variant]:
     for table, rows in plan["tables"].items():
         for name, changes in rows.items():
             own = dict(changes or {})
-            recipe = own.pop("recipe", plan["recipe"])
+            recipe, loop = own.pop("recipe", plan["recipe"]), own.pop("loop", None)
+            if loop not in (None, *LOOPS):
+                raise InputError(f"{file}, {name}: loop {loop!r} is none of {', '.join(LOOPS)}")
             settings = plan.get("settings", {}) | own
             if unknown := settings.keys() - {field.name for field in fields(TrainConfig)}:
                 raise InputError(f"{file}, {name}: {', '.join(sorted(unknown))} is no setting of eqat train")
             build_config(settings | {"model": "any"}, recipe=recipe)  # refuses wrong values before hours of runs
-            variants.append(Variant(table, name, recipe, own, settings))
+            variants.append(Variant(table, name, recipe, loop, own, settings))
     return variants
 
 
@@ -142,7 +149,8 @@ def measure(
     out = Path(tempfile.mkdtemp(dir=folder)) / "out"
     given = {"model": model, "data": data, "out": str(out), "seed": seed}
     config: TrainConfig = build_config(dict(variant.settings) | given, recipe=variant.recipe)
-    result = train(config, Reporter())
+    with training_by(variant.loop):
+        result = train(config, Reporter())
     saved = read_config(out / CONFIG_FILE)
     row: dict[str, Any] = dict(variant.keys(model, seed))
     row |= perplexities(out, texts, seq_len, config.device)

@@ -1,12 +1,13 @@
 """Trains the second model that recipes are tried on: a small Qwen3, another family than the reference model's Llama.
 
 It has what a Llama lacks (norms of queries and keys, tied embeddings) and reads the reference model's tokens. It is
-trained from scratch on the calibration text alone, so it is only as good as that allows: good enough that what
-quantization costs can be measured. One seed gives one model on one machine.
+trained from scratch on the calibration text. That text is too short to learn much from its next tokens, and a model
+that knows little loses little by quantization: ``--teacher`` learns from the reference model's predictions instead.
+One seed gives one model on one machine.
 
     cd shared/data
-    python -m benchmarks.second_model --tokenizer ../models/ref-28m --data calibration.txt.xz \
-        --evaluate wikitext2_test_raw.txt.xz heldout.txt.xz --out qwen3-21m
+    python -m benchmarks.second_model --tokenizer ../models/ref-28m --teacher ../models/ref-28m \
+        --data calibration.txt.xz --evaluate wikitext2_test_raw.txt.xz heldout.txt.xz --epochs 6 --out qwen3-21m
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from eqat_train.data import evaluation_windows, open_source, token_stream
 from eqat_train.evaluation.perplexity import perplexity
@@ -81,8 +82,9 @@ def train_(
     peak: float,
     seed: int = 0,
     limit: int | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> list[float]:
-    """Next-token training in bf16 autocast with fp32 parameters.
+    """Training in bf16 autocast with fp32 parameters, on next tokens or on a teacher's predictions of them.
 
     Args:
         model: on its device; trained in place.
@@ -92,6 +94,7 @@ def train_(
         peak: learning rate.
         seed: of the order.
         limit: stop after so many steps; the schedule is that of the whole run.
+        teacher: of the same vocabulary, on the same device; the loss is the divergence from it (KL).
 
     Returns:
         The loss of every step, nats a token.
@@ -112,7 +115,13 @@ def train_(
             ids = windows[chosen.to(windows.device)]
             with torch.autocast(ids.device.type, torch.bfloat16):
                 logits = model(input_ids=ids, use_cache=False).logits  # [batch, seq_len, vocabulary]
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            student = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+            if teacher is None:
+                loss = F.nll_loss(student, ids[:, 1:].flatten())
+            else:
+                with torch.no_grad():
+                    wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+                loss = F.kl_div(student, wanted.float().log_softmax(-1), log_target=True, reduction="batchmean")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
@@ -128,6 +137,7 @@ def main() -> None:
     """Trains, saves in bf16, and prints the loss, the time and the perplexities."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="folder with the tokenizer to use")
+    parser.add_argument("--teacher", help="folder of a model to learn from")
     parser.add_argument("--data", required=True, help="text to train on")
     parser.add_argument("--evaluate", nargs="*", default=[], help="texts to measure perplexity on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
@@ -152,9 +162,19 @@ def main() -> None:
     windows = evaluation_windows(stream, WINDOW).input_ids.to(given.device)
     print(f"{len(windows)} windows of {WINDOW} tokens", flush=True)
     model = build(len(tokenizer), tokenizer.eos_token_id, given.hidden, given.layers, given.seed).to(given.device)
+    teacher = None
+    if given.teacher:
+        teacher = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.bfloat16).to(given.device)
     started = time.perf_counter()
     losses = train_(
-        model, windows, epochs=given.epochs, batch=given.batch, peak=given.lr, seed=given.seed, limit=given.steps
+        model,
+        windows,
+        epochs=given.epochs,
+        batch=given.batch,
+        peak=given.lr,
+        seed=given.seed,
+        limit=given.steps,
+        teacher=teacher,
     )
     seconds = time.perf_counter() - started
     model.to(torch.bfloat16).save_pretrained(given.out)

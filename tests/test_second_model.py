@@ -20,6 +20,19 @@ def test_it_learns_and_repeats_with_its_seed() -> None:
     assert trained(seed=1)[0] != losses
 
 
+def test_it_learns_from_a_teacher_what_the_teacher_predicts() -> None:
+    teacher = build(vocabulary=32, end=0, hidden=128, layers=1, seed=3)
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight.mul_(20)  # predictions that differ from each other
+    model = build(vocabulary=32, end=0, hidden=128, layers=1)
+    windows = torch.randint(0, 32, (16, 16), generator=torch.Generator().manual_seed(0))
+    losses = train_(model, windows, epochs=12, batch=4, peak=3e-3, teacher=teacher)
+    with torch.no_grad():
+        log_p, log_q = (m(input_ids=windows).logits[:, :-1].double().log_softmax(-1) for m in (teacher, model))
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert divergence < 0.5 * losses[0] and abs(divergence - losses[-1]) < 0.3 * losses[-1]
+
+
 def test_a_limit_shortens_the_run_and_keeps_its_schedule() -> None:
     assert trained(limit=6)[0] == trained()[0][:6]
 

@@ -55,7 +55,7 @@ class QatSettings:
     epochs: int = 1
     batch_size: int = 16
     micro_batch_size: int | None = None
-    lr_weight: float = 3e-4
+    lr_weight: float = 1e-3
     lr_scale: float = 1e-4
     lr_zero: float = 1e-2
     lr_norm: float = 1e-3

@@ -76,9 +76,7 @@ class QatTrainer:
     def train(self, data: TokenWindows, val: TokenWindows | None) -> None:
         """All epochs, each in an order of its own, from where an earlier run stopped."""
         settings, latent = self.settings, self.latent
-        optimizer = torch.optim.AdamW(
-            latent.groups, betas=BETAS, weight_decay=settings.weight_decay, fused=self.device.type == "cuda"
-        )
+        optimizer = self._optimizer()
         steps = settings.epochs * math.ceil(len(data) / settings.batch_size)
         if not self._resume(optimizer, steps) and val is not None:
             self.val_loss_before = self.validate(val, "before")
@@ -123,9 +121,7 @@ class QatTrainer:
         for part in batch.batches(self.micro_batch_size):
             ids, labels = part.input_ids.to(self.device), part.labels.to(self.device)
             with self._computing():
-                own = distillation_loss(
-                    self.latent.model, self.teacher, head, ids, labels, self.settings.distill, 1 / batch.loss_tokens
-                )
+                own = self._loss(ids, labels, head, 1 / batch.loss_tokens)
             own.backward()
             loss += own.detach()
         self.latent.hand_gradients_over()
@@ -136,6 +132,14 @@ class QatTrainer:
         optimizer.zero_grad(set_to_none=True)
         self.latent.take_masters()
         return torch.stack([loss, norm])
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        fused = self.device.type == "cuda"
+        return torch.optim.AdamW(self.latent.groups, betas=BETAS, weight_decay=self.settings.weight_decay, fused=fused)
+
+    def _loss(self, ids: Tensor, labels: Tensor, head: Any, scale: float) -> Tensor:
+        """``scale`` times the sum over the target tokens."""
+        return distillation_loss(self.latent.model, self.teacher, head, ids, labels, self.settings.distill, scale)
 
     def _finish(self, number: int, factor: float, values: Tensor, steps: int) -> float:
         loss, norm = values.tolist()
@@ -174,7 +178,7 @@ class QatTrainer:
         kept = 2 * tokens * width * self.settings.resolved_compute_dtype().itemsize
         return kept > FREE_SHARE * torch.cuda.mem_get_info(self.device)[0]
 
-    def _resume(self, optimizer: torch.optim.AdamW, steps: int) -> bool:
+    def _resume(self, optimizer: torch.optim.Optimizer, steps: int) -> bool:
         try:
             progress = self.state.load(self.latent.parameters, optimizer)
         except DamagedStateError as damage:
@@ -188,7 +192,7 @@ class QatTrainer:
         self.reporter.message(f"going on with an unfinished E2E-QAT: {len(self.losses)} of {steps} steps are done")
         return True
 
-    def _save(self, optimizer: torch.optim.AdamW) -> None:
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
         progress = E2eProgress(tuple(self.losses), tuple(self.grad_norms), self.val_loss_before)
         self.state.save(self.latent.parameters, optimizer, progress)
         self._saved = time.monotonic()

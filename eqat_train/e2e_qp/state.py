@@ -54,7 +54,7 @@ class E2eState:
         self.folder = folder
         self._stage = StageFolder(folder, identity, finished=RECORD)
 
-    def save(self, parameters: Sequence[Tensor], optimizer: torch.optim.AdamW, progress: E2eProgress) -> None:
+    def save(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, progress: E2eProgress) -> None:
         """Writes the state after a step.
 
         Raises:
@@ -79,7 +79,7 @@ class E2eState:
             if other != file:
                 other.unlink()
 
-    def load(self, parameters: Sequence[Tensor], optimizer: torch.optim.AdamW) -> E2eProgress | None:
+    def load(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> E2eProgress | None:
         """Puts the state where it was; None when there is none.
 
         Raises:
