@@ -36,7 +36,7 @@ from eqat_train.e2e_qp.fused_modules import fused_modules
 from eqat_train.e2e_qp.next_token import accumulate_gradients
 from eqat_train.e2e_qp.recompute import plan_recomputing, recomputed_in_backward
 from eqat_train.e2e_qp.shared_words import SharedWords
-from eqat_train.e2e_qp.shares import own_windows, sum_step_
+from eqat_train.end_to_end.shares import own_windows, sum_step_
 from eqat_train.ranks.divergence import check_same
 from eqat_train.ranks.group import current, join, largest, leave, mean, own_part, rank, size, together
 

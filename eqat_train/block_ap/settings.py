@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,10 +9,10 @@ from typing import Literal
 import torch
 
 from formats import QuantScheme
-from formats.errors import InputError, UnsupportedSchemeError
+from formats.errors import InputError
 
-from ..overrides import override_scheme
 from ..starts import STARTS, Start
+from ..training_settings import ComputeSettings, check_integers, check_numbers, check_scheme, check_zero_range
 from .activations import Place
 
 __all__ = ["BlockApReport", "BlockApSettings", "BlockReport"]
@@ -22,7 +21,7 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class BlockApSettings:
+class BlockApSettings(ComputeSettings):
     """Settings of Block-AP; the defaults are the paper's for 2 bits.
 
     Attributes:
@@ -59,8 +58,6 @@ class BlockApSettings:
     min_lr_factor: float = 20.0
     weight_decay: float = 0.0
     scale_dtype: torch.dtype = torch.float16
-    compute_dtype: torch.dtype | None = None
-    device: torch.device | str | None = None
     zero_range: tuple[int, int] | None = None
     min_expert_tokens: int = 256
     activations: Place | Literal["auto"] = "auto"
@@ -70,14 +67,9 @@ class BlockApSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("epochs", 0), ("batch_size", 1), ("min_expert_tokens", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < lowest:
-                raise InputError(f"{name} is {value!r}; allowed are integers from {lowest}")
-        for name in ("lr_weight", "lr_scale", "lr_zero", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value!r}; allowed are finite numbers from 0")
+        check_integers(self, ("batch_size",))
+        check_integers(self, ("epochs", "min_expert_tokens"), least=0)
+        check_numbers(self, ("lr_weight", "lr_scale", "lr_zero", "weight_decay"))
         if self.epochs and not (self.lr_weight or self.lr_scale or self.lr_zero):
             raise InputError("every learning rate is 0, so nothing would be trained; use epochs 0 for round-to-nearest")
         if not self.min_lr_factor >= 1:
@@ -89,37 +81,14 @@ class BlockApSettings:
                 f"execution {self.execution} needs a CUDA device and float32 or bfloat16, and this is "
                 f"{self.resolved_device()} and {self.resolved_compute_dtype()}; use auto or eager"
             )
-        if self.zero_range is not None:
-            low, high = self.zero_range
-            found = (override_scheme(value, self.scheme) for value in self.overrides.values())
-            scheme = min((self.scheme, *filter(None, found)), key=lambda scheme: scheme.bits)
-            if not 0 <= low <= high <= scheme.maxq:
-                raise InputError(
-                    f"zeros-in is {low},{high}; at {scheme.bits} bits both lie in 0..{scheme.maxq}, the lower one first"
-                )
+        check_zero_range(self.zero_range, self.scheme, self.overrides)
         if self.start not in ("minmax", "mse"):
             raise InputError(f"start is {self.start!r}; Block-AP's are minmax and mse, E2E-QAT's {', '.join(STARTS)}")
-        if self.scheme.sym or self.scheme.desc_act:
-            raise UnsupportedSchemeError(
-                f"Block-AP trains zero-points and keeps the order of columns; {self.scheme} cannot be trained, "
-                f"use w{self.scheme.bits}g{self.scheme.group_size}"
-            )
-
-    def resolved_device(self) -> torch.device:
-        """The device to train on."""
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_scheme(self.scheme, "Block-AP")
 
     def resolved_activation_dtype(self) -> torch.dtype:
         """The dtype to keep hidden states in."""
         return torch.float32 if self.activation_dtype is None else self.activation_dtype
-
-    def resolved_compute_dtype(self) -> torch.dtype:
-        """The dtype to compute in."""
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        return torch.bfloat16 if self.resolved_device().type == "cuda" else torch.float32
 
     def fuses_steps(self) -> bool:
         """Whether AdamW and the quantizer are one pass over each weight: on a GPU, unless gradients must be scaled."""

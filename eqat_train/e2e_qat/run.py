@@ -22,15 +22,15 @@ from formats import get_format
 from formats.checkpoint import CheckpointReader, CheckpointWriter
 
 from ..data import TokenWindows
-from ..e2e_qp.checks import check_targets, check_token_ids
-from ..e2e_qp.state import E2eState
+from ..end_to_end.checks import check_targets, check_token_ids
+from ..end_to_end.stage import finished_report, stage_identity
+from ..end_to_end.state import E2eState
 from ..hardware import peak_memory
 from ..models.experts import check_experts
 from ..models.loading import build_skeleton, check_names, load_dense_model
 from ..models.targets import Targets, check_linear, find_targets, refuse_quantized
 from ..overrides import describe_overrides
 from ..reporting.progress import Reporter
-from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
 from ..resume.stage import StageRecord
 from .latent_model import build_latent_model
 from .settings import QatReport, QatSettings
@@ -92,17 +92,10 @@ def run_e2e_qat(
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(settings.seed)
     work_dir.mkdir(parents=True, exist_ok=True)
-    identity = {
-        "settings": settings_identity(settings, without=("device", "compute_dtype"))
-        | {"device": device.type, "dtype": str(dtype)},
-        "the model's weights": folder_fingerprint(model_folder),
-        "the training windows": tensor_fingerprint(data.input_ids, data.labels),
-        "the validation windows": None if val is None else tensor_fingerprint(val.input_ids, val.labels),
-    }
+    identity = stage_identity("the model", model_folder, data, val, settings)
     record = StageRecord(work_dir / "e2e-qat.written.json", identity)
-    if (written := record.written(out)) is not None:
-        reporter.message(f"E2E-QAT's checkpoint is finished: {out}")
-        return QatReport(**{**written, "losses": tuple(written["losses"]), "grad_norms": tuple(written["grad_norms"])})
+    if (finished := finished_report(record, out, QatReport, "E2E-QAT", reporter)) is not None:
+        return finished
     with (
         CheckpointReader(model_folder) as reader,
         CheckpointWriter(out, shard_size=shard_size, force=force) as writer,

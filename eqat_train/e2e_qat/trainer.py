@@ -22,8 +22,8 @@ from ..e2e_qp.fused_modules import fused_modules
 from ..e2e_qp.head import find_head
 from ..e2e_qp.next_token import mean_loss
 from ..e2e_qp.recompute import recomputed_in_backward
-from ..e2e_qp.schedule import learning_rate_factor
-from ..e2e_qp.state import DamagedStateError, E2eProgress, E2eState
+from ..end_to_end.schedule import learning_rate_factor
+from ..end_to_end.state import DamagedStateError, E2eProgress, E2eState
 from ..reporting.progress import Reporter
 from ..resume.stopping import StopAfterStep
 from .latent_model import LatentModel

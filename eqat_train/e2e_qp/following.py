@@ -7,11 +7,11 @@ from pathlib import Path
 from formats.model import open_checkpoint
 
 from ..data import TokenWindows
+from ..end_to_end.state import E2eState
 from ..ranks.group import together
 from ..reporting.progress import Reporter
 from .run import e2e_identity, train_scales
 from .settings import E2eSettings
-from .state import E2eState
 
 __all__ = ["follow_e2e_qp"]
 

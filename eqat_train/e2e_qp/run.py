@@ -21,18 +21,19 @@ from formats.checkpoint import CheckpointWriter
 from formats.model import Checkpoint, open_checkpoint
 
 from ..data import TokenWindows
+from ..end_to_end.checks import check_targets, check_token_ids
+from ..end_to_end.shares import check_batch
+from ..end_to_end.stage import finished_report, stage_identity
+from ..end_to_end.state import E2eState
 from ..hardware import peak_memory
 from ..ranks.group import joined, largest, together
 from ..ranks.orders import give_order
 from ..reporting.progress import Reporter
-from ..resume.identity import folder_fingerprint, settings_identity, tensor_fingerprint
+from ..resume.identity import tensor_fingerprint
 from ..resume.stage import StageRecord
-from .checks import check_targets, check_token_ids
 from .packed_model import load_packed_model, write_trained
 from .settings import E2eReport, E2eSettings
 from .shared_words import shared_words
-from .shares import check_batch
-from .state import E2eState
 from .trainer import Trainer
 
 __all__ = ["E2eReport", "E2eSettings", "e2e_identity", "run_e2e_qp", "train_scales"]
@@ -79,9 +80,8 @@ def run_e2e_qp(
     work_dir.mkdir(parents=True, exist_ok=True)
     identity = e2e_identity(checkpoint, data, val, settings)
     record = StageRecord(work_dir / "e2e-qp.written.json", identity)
-    if (written := record.written(out)) is not None:
-        reporter.message(f"E2E-QP's checkpoint is finished: {out}")
-        return E2eReport(**{**written, "losses": tuple(written["losses"]), "grad_norms": tuple(written["grad_norms"])})
+    if (finished := finished_report(record, out, E2eReport, "E2E-QP", reporter)) is not None:
+        return finished
     with open_checkpoint(checkpoint) as source, CheckpointWriter(out, shard_size=shard_size, force=force) as writer:
         state = E2eState(work_dir / "e2e-qp", identity)
         if joined() is not None:
@@ -149,10 +149,4 @@ def e2e_identity(
     checkpoint: Path, data: TokenWindows, val: TokenWindows | None, settings: E2eSettings
 ) -> dict[str, Any]:
     """What the trained scales depend on."""
-    return {
-        "settings": settings_identity(settings, without=("device", "compute_dtype", "share_weights"))
-        | {"device": settings.resolved_device().type, "dtype": str(settings.resolved_compute_dtype())},
-        "the checkpoint's weights": folder_fingerprint(checkpoint),
-        "the training windows": tensor_fingerprint(data.input_ids, data.labels),
-        "the validation windows": None if val is None else tensor_fingerprint(val.input_ids, val.labels),
-    }
+    return stage_identity("the checkpoint", checkpoint, data, val, settings, without=("share_weights",))

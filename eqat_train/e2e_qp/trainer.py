@@ -21,6 +21,9 @@ from torch import Tensor
 from formats.errors import InputError, TrainingDivergedError
 
 from ..data import TokenWindows
+from ..end_to_end.schedule import learning_rate_factor
+from ..end_to_end.shares import check_same_progress, own_windows, sum_step_
+from ..end_to_end.state import DamagedStateError, E2eProgress, E2eState
 from ..models.experts import Experts
 from ..ranks.divergence import check_same
 from ..ranks.group import largest, rank, size, total
@@ -30,10 +33,7 @@ from .fused_modules import fused_modules
 from .next_token import accumulate_gradients, mean_loss
 from .packed_model import PackedModel
 from .recompute import least_memory, most_memory, plan_recomputing, recomputed_in_backward
-from .schedule import learning_rate_factor
 from .settings import E2eSettings
-from .shares import check_same_progress, own_windows, sum_step_
-from .state import DamagedStateError, E2eProgress, E2eState
 
 __all__ = ["Trainer"]
 

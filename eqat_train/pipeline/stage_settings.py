@@ -10,7 +10,7 @@ from formats.types import QuantScheme
 from ..block_ap.run import BlockApSettings
 from ..e2e_qat import QatSettings
 from ..e2e_qp.run import E2eSettings
-from ..e2e_qp.shares import check_batch
+from ..end_to_end.shares import check_batch
 from ..hardware import DTYPES, resolve_device, resolve_dtype
 from ..options import TrainConfig
 from ..ranks.group import size

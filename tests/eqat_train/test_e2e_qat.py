@@ -149,3 +149,9 @@ def test_recipes_are_settings_and_the_command_line_comes_after(tmp_path: Path) -
     assert best.stage == "e2e-qat" and best.lr_zero == 0.5 and best.lr_norm == read_recipe("best")["lr_norm"]
     with pytest.raises(InputError, match="--recipe is 'worst'; allowed are best"):
         build_config({"model": "m"}, recipe="worst")
+
+
+def test_zero_points_stay_in_the_range_of_the_narrowest_layer() -> None:
+    four = replace(SETTINGS, scheme=QuantScheme(4, 32), zero_range=(1, 9))
+    with pytest.raises(InputError, match=r"at 2 bits both lie in 0\.\.3"):
+        replace(four, overrides={"*.q_proj": "w2"})

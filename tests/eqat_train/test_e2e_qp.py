@@ -12,7 +12,7 @@ import torch
 from eqat_train.data import TokenWindows
 from eqat_train.e2e_qp.next_token import mean_loss
 from eqat_train.e2e_qp.run import E2eReport, E2eSettings, run_e2e_qp
-from eqat_train.e2e_qp.schedule import learning_rate_factor
+from eqat_train.end_to_end.schedule import learning_rate_factor
 from eqat_train.models.loading import load_dense_model
 from eqat_train.reporting.progress import Reporter
 from formats import QuantScheme, dequantize

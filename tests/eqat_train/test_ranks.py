@@ -19,7 +19,7 @@ from eqat_train.block_ap import BlockApSettings
 from eqat_train.block_ap.shares import own_samples, own_settings
 from eqat_train.config import build_config
 from eqat_train.data import NO_LOSS, TokenWindows
-from eqat_train.e2e_qp.shares import check_batch, own_windows
+from eqat_train.end_to_end.shares import check_batch, own_windows
 from eqat_train.pipeline.plan import make_plan
 from eqat_train.pipeline.train import train
 from eqat_train.ranks import group
