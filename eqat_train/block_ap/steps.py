@@ -277,6 +277,7 @@ class GraphedSteps:
             raise
         except RuntimeError as error:
             failure = error
+            _renew_generator(self._target.device)
         if agreed(failure is None):  # a reduction in a graph needs graphs on all ranks
             self._graph = graph
             return
@@ -291,3 +292,9 @@ class GraphedSteps:
     def close(self) -> None:
         self._graph = None  # gives its memory back
         self._steps.close()
+
+
+def _renew_generator(device: torch.device) -> None:
+    """In torch 2.11 a capture that fails leaves the device's generator refusing random numbers outside of captures."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -190,7 +190,11 @@ class TestOnTheGpu:
         messages: list[str] = []
         settings = _settings(self.device)
         steps = block_steps(block, BlockCall(), settings, TOTAL, batches[0][0][0], messages.append)
+        torch.cuda.manual_seed(7)
         losses, _ = _run(steps, batches)
+        after = torch.rand(3, device=self.device)  # the capture that failed has not taken the generator with it
+        torch.cuda.manual_seed(7)
+        assert torch.equal(after, torch.rand(3, device=self.device))
         assert len(messages) == 1 and "cannot be a CUDA graph" in messages[0] and "slower" in messages[0]
         block, batches = _case(self.device)
         expected, _ = _run(FusedSteps(block, BlockCall(), settings, TOTAL, self.device), batches)
