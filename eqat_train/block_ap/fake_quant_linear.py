@@ -81,11 +81,15 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def quantized(self, bias_dtype: torch.dtype = torch.float16) -> QuantizedLinear:
         """The layer as it will be stored: the very codes, scales and zeros that the forward uses."""
+        bias = None if self.bias is None else self.bias.detach().to(bias_dtype)
+        return QuantizedLinear(*self.stored(), self.scheme, bias=bias)
+
+    @torch.no_grad()
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes ``[out, in]``, scales and zeros ``[out, groups]`` as they will be stored."""
         scales = stored_scales(self.scales, self.scale_dtype)
         zeros = stored_zeros(self._held_zeros(), self.scheme.bits).to(torch.int32)
-        bias = None if self.bias is None else self.bias.detach().to(bias_dtype)
-        codes = quantize(self.weight, scales, zeros, self.scheme)
-        return QuantizedLinear(codes, scales, zeros, self.scheme, bias=bias)
+        return quantize(self.weight, scales, zeros, self.scheme), scales, zeros
 
     def _held_zeros(self) -> Tensor:
         """Zeros within the allowed range, straight through: at its ends a zero still feels which way it should go."""

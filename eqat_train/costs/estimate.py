@@ -113,9 +113,20 @@ def e2e_bytes(model: ModelShape, work: Work, *, ranks: int = 1, element: int = H
     return layers + element * (tokens * last.features + 2 * last.largest + model.outside)
 
 
-def qat_bytes(model: ModelShape) -> float:
-    """Device bytes of E2E-QAT besides activations: the fp32 model, gradients and moments, and a 16-bit teacher."""
-    return 6 * model.parameters + 12 * model.weights
+def qat_bytes(parameters: int, weights: int, *, ranks: int = 1, share_teacher: bool = False) -> float:
+    """Device bytes of E2E-QAT besides activations: ``16 w / n`` of the trained weights and ``2 w`` of the teacher's.
+
+    A trained weight is kept in fp32 with its gradient and two moments, and in the teacher in 16 bits; what is not in
+    trained layers is on every rank, in 32 and in 16 bits.
+
+    Args:
+        parameters: of the whole model.
+        weights: of those, in trained layers.
+        ranks: that share the trained weights.
+        share_teacher: they share the teacher's too.
+    """
+    teacher = HALF * weights / (ranks if share_teacher else 1)
+    return 16 * weights / ranks + teacher + (4 + HALF) * (parameters - weights)
 
 
 def block_seconds(block: BlockShape, hidden: int, work: Work, machine: Machine, gpus: int = 1) -> float:

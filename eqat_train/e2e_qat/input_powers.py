@@ -34,17 +34,18 @@ def input_powers(
         settings: device and dtype to compute with.
 
     Returns:
-        Path -> fp32 ``[in_features]``.
+        Path -> fp32 ``[in_features]``; zeros for an expert that no token came to.
     """
     device, dtype = settings.resolved_device(), settings.resolved_compute_dtype()
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
+    weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}  # [rows, in_features]
+    sums = {name: weight.new_zeros(weight.shape[1], dtype=torch.float32) for name, weight in weights.items()}
+    seen = dict.fromkeys(names, 0)
 
     def hook(name: str) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].flatten(0, -2).float()  # [tokens, in]
-            sums[name] = sums.get(name, 0) + rows.square().sum(dim=0)
-            seen[name] = seen.get(name, 0) + len(rows)
+            sums[name] += rows.square().sum(dim=0)
+            seen[name] += len(rows)
 
         return add
 
@@ -60,4 +61,4 @@ def input_powers(
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: sums[name] / seen[name] for name in names}
+    return {name: sums[name] / max(1, seen[name]) for name in names}

@@ -15,7 +15,10 @@ from formats.model_writer import encode_layer, write_model_config
 from ..block_ap.fake_quant_linear import FakeQuantLinear
 from ..data import TokenWindows
 from ..models.targets import Targets
+from ..ranks.rows import Rows
+from .fake_quant_rows import FakeQuantRows
 from .input_powers import input_powers
+from .row_linear import RowLinear
 from .settings import QatSettings
 
 if TYPE_CHECKING:
@@ -84,6 +87,17 @@ class LatentModel:
         """Everything that the optimizer moves, in the order of the groups."""
         return [parameter for group in self.groups for parameter in group["params"]]  # type: ignore[attr-defined]
 
+    @property
+    def rows(self) -> dict[Tensor, Rows]:
+        """Of the parameters that ranks share, this rank's rows; empty in a process alone."""
+        shared = [layer for layer in self.linears.values() if isinstance(layer, FakeQuantRows)]
+        return {parameter: layer.rows for layer in shared for parameter in (layer.weight, layer.scales, layer.zeros)}
+
+    @property
+    def masters(self) -> dict[str, nn.Parameter]:
+        """Norms and biases by name, whole on every rank."""
+        return {name: rounded.master for name, rounded in self._rounded.items()}
+
     def hand_gradients_over(self) -> None:
         """Gives the masters the gradients of what the model computed with: rounding is straight-through."""
         for rounded in self._rounded.values():
@@ -97,12 +111,22 @@ class LatentModel:
 
     @torch.no_grad()
     def codes(self) -> dict[str, Tensor]:
-        """Module path -> the codes that would be stored now, uint8 on the CPU."""
-        return {name: layer.quantized().codes.to("cpu", torch.uint8) for name, layer in self.linears.items()}
+        """Module path -> the codes that would be stored now, of this rank's rows, uint8 on the CPU."""
+        return {name: layer.stored()[0].cpu() for name, layer in self.linears.items()}
+
+    @torch.no_grad()
+    def follow_writing(self, reader: CheckpointReader) -> None:
+        """Takes part in rank 0's ``write``, which gathers one layer after the other."""
+        for name in reader.tensors:
+            if (layer := self.linears.get(name.removesuffix(".weight"))) is not None:
+                layer.quantized()
 
     @torch.no_grad()
     def write(self, writer: CheckpointWriter, reader: CheckpointReader, targets: Targets, scheme: QuantScheme) -> None:
-        """Writes the native checkpoint: quantized layers, trained norms and biases, everything else as it was."""
+        """Writes the native checkpoint: quantized layers, trained norms and biases, everything else as it was.
+
+        Of several ranks the first does; the others call ``follow_writing``.
+        """
         native = get_format("native")
         own = {f"{name}.{local}": name for name in self.linears for local in ("weight", "bias")}
         for name in reader.tensors:
@@ -127,7 +151,8 @@ def build_latent_model(
     """Puts fake quantization in front of the weights of a full-precision model's targets.
 
     Args:
-        model: fp32, on the device to train on; becomes the latent model's.
+        model: fp32, on the device to train on; becomes the latent model's. Of several ranks one with rows, see
+            :mod:`eqat_train.e2e_qat.row_model`.
         reader: of the same model.
         targets: its layers to quantize.
         settings: see :class:`QatSettings`.
@@ -141,8 +166,9 @@ def build_latent_model(
             dense = model.get_submodule(name)
             if not isinstance(dense, nn.Linear):
                 raise TypeError(f"{name} is no linear layer")
-            linears[name] = FakeQuantLinear(
-                dense, scheme, settings.scale_dtype, settings.zero_range, settings.start, powers.get(name)
+            start = scheme, settings.scale_dtype, settings.zero_range, settings.start, powers.get(name)
+            linears[name] = (
+                FakeQuantRows(dense, *start) if isinstance(dense, RowLinear) else FakeQuantLinear(dense, *start)
             )
             model.set_submodule(name, linears[name])
     layers = model.get_submodule(targets.path)

@@ -7,14 +7,15 @@ by AdamW with linear warm-up and cosine decay to zero. What is written are codes
 after Block-AP: the checkpoint computes what training computed.
 
 It holds the whole model with its optimizer, 16 bytes a trained weight and the teacher beside it, where Block-AP holds a
-block.
+block. Several ranks share them by rows (:mod:`.row_linear`), and each step's windows.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +24,7 @@ from formats.checkpoint import CheckpointReader, CheckpointWriter
 
 from ..data import TokenWindows
 from ..end_to_end.checks import check_targets, check_token_ids
+from ..end_to_end.shares import check_batch
 from ..end_to_end.stage import finished_report, stage_identity
 from ..end_to_end.state import E2eState
 from ..hardware import peak_memory
@@ -30,13 +32,29 @@ from ..models.experts import check_experts
 from ..models.loading import build_skeleton, check_names, load_dense_model
 from ..models.targets import Targets, check_linear, find_targets, refuse_quantized
 from ..overrides import describe_overrides
+from ..ranks.group import count_of_ranks, joined, largest, size, together
+from ..ranks.orders import give_order
 from ..reporting.progress import Reporter
+from ..resume.identity import tensor_fingerprint
 from ..resume.stage import StageRecord
-from .latent_model import build_latent_model
+from .latent_model import LatentModel, build_latent_model
+from .memory import check_memory, shares_teacher
+from .row_model import load_row_model, names_in_rows
 from .settings import QatReport, QatSettings
-from .trainer import QatTrainer, check_memory
+from .trainer import QatTrainer
 
-__all__ = ["QatReport", "QatSettings", "check_e2e_qat", "run_e2e_qat"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "QatReport",
+    "QatSettings",
+    "check_e2e_qat",
+    "find_qat_targets",
+    "qat_identity",
+    "run_e2e_qat",
+    "train_latent",
+]
 
 
 def check_e2e_qat(model_folder: Path, settings: QatSettings, *, trust_remote_code: bool = False) -> None:
@@ -48,7 +66,7 @@ def check_e2e_qat(model_folder: Path, settings: QatSettings, *, trust_remote_cod
         CheckpointError: the model folder is damaged, or its tensors are not those of the architecture.
     """
     with CheckpointReader(model_folder) as reader:
-        _targets(reader, settings, trust_remote_code)
+        find_qat_targets(reader, settings, trust_remote_code)
 
 
 def run_e2e_qat(
@@ -87,12 +105,11 @@ def run_e2e_qat(
     """
     start = time.perf_counter()
     check_targets(data, val)
-    device, dtype = settings.resolved_device(), settings.resolved_compute_dtype()
+    device = settings.resolved_device()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    torch.manual_seed(settings.seed)
     work_dir.mkdir(parents=True, exist_ok=True)
-    identity = stage_identity("the model", model_folder, data, val, settings)
+    identity = qat_identity(model_folder, data, val, settings)
     record = StageRecord(work_dir / "e2e-qat.written.json", identity)
     if (finished := finished_report(record, out, QatReport, "E2E-QAT", reporter)) is not None:
         return finished
@@ -100,42 +117,104 @@ def run_e2e_qat(
         CheckpointReader(model_folder) as reader,
         CheckpointWriter(out, shard_size=shard_size, force=force) as writer,
     ):
-        targets = _targets(reader, settings, trust_remote_code)
+        targets = find_qat_targets(reader, settings, trust_remote_code)
         if told := describe_overrides(targets.schemes, settings.scheme):
             reporter.message(told)
-        dense = load_dense_model(model_folder, torch.float32, device, trust_remote_code=trust_remote_code)
-        check_token_ids(dense.get_input_embeddings().get_parameter("weight").shape[0], data, val)
-        latent = build_latent_model(dense, reader, targets, settings, data)
-        before = latent.codes()
-        teacher = load_dense_model(model_folder, dtype, device, trust_remote_code=trust_remote_code)
-        teacher.requires_grad_(False)
         state = E2eState(work_dir / "e2e-qat", identity)
-        trainer = QatTrainer(latent, teacher, settings, data.seq_len, reporter, state)
-        trainer.train(data, val)
-        after = None if val is None else trainer.validate(val, "after")
-        codes = latent.codes()
-        weights = sum(code.numel() for code in codes.values())
-        changed = sum(int((codes[name] != code).sum()) for name, code in before.items())
-        report = QatReport(
-            losses=tuple(trainer.losses),
-            grad_norms=tuple(trainer.grad_norms),
-            val_loss_before=trainer.val_loss_before,
-            val_loss_after=after,
-            weights=weights,
-            codes_changed=changed / weights,
-            tokens=data.input_ids.numel() * settings.epochs,
-            seconds=time.perf_counter() - start,
-            peak_memory=peak_memory(device),
-        )
-        reporter.event("qat_codes", weights=weights, changed=report.codes_changed, peak=report.peak_memory)
-        record.begin(out, asdict(report))
-        latent.write(writer, reader, targets, settings.scheme)
+        if joined() is not None:
+            windows = tensor_fingerprint(data.input_ids, data.labels)
+            give_order("e2e-qat", windows=windows, state=str(state.folder.absolute()))
+        with together():
+            trained = train_latent(reader, targets, data, val, settings, state, reporter, trust_remote_code)
+            report = replace(trained.report, seconds=time.perf_counter() - start)
+            reporter.event("qat_codes", weights=report.weights, changed=report.codes_changed, peak=report.peak_memory)
+            record.begin(out, asdict(report))
+            trained.latent.write(writer, reader, targets, settings.scheme)
     record.done(out, asdict(report))
     state.remove()
     return report
 
 
-def _targets(reader: CheckpointReader, settings: QatSettings, trust_remote_code: bool) -> Targets:
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves.
+
+    Attributes:
+        latent: the trained model.
+        report: but for the seconds.
+    """
+
+    latent: LatentModel
+    report: QatReport
+
+
+def train_latent(
+    reader: CheckpointReader,
+    targets: Targets,
+    data: TokenWindows,
+    val: TokenWindows | None,
+    settings: QatSettings,
+    state: E2eState,
+    reporter: Reporter,
+    trust_remote_code: bool,
+) -> Trained:
+    """What every rank does: loads the models, trains and measures."""
+    check_batch(settings.batch_size)
+    torch.manual_seed(settings.seed)
+    device, dtype = settings.resolved_device(), settings.resolved_compute_dtype()
+    dense = _load(reader, targets, torch.float32, device, trust_remote_code, shared=size() > 1, head=True)
+    check_token_ids(dense.get_input_embeddings().get_parameter("weight").shape[0], data, val)
+    latent = build_latent_model(dense, reader, targets, settings, data)
+    before = latent.codes()
+    shared = shares_teacher(latent, settings)
+    if shared:
+        reporter.message("E2E-QAT: each rank holds its share of the full-precision model's weights too")
+    teacher = _load(reader, targets, dtype, device, trust_remote_code, shared=shared, head=False)
+    teacher.requires_grad_(False)
+    trainer = QatTrainer(latent, teacher, settings, data.seq_len, reporter, state)
+    trainer.train(data, val)
+    after = None if val is None else trainer.validate(val, "after")
+    codes = latent.codes()
+    weights = count_of_ranks(sum(code.numel() for code in codes.values()))
+    changed = count_of_ranks(sum(int((codes[name] != code).sum()) for name, code in before.items()))
+    report = QatReport(
+        losses=tuple(trainer.losses),
+        grad_norms=tuple(trainer.grad_norms),
+        val_loss_before=trainer.val_loss_before,
+        val_loss_after=after,
+        weights=weights,
+        codes_changed=changed / weights,
+        tokens=data.input_ids.numel() * settings.epochs,
+        seconds=0.0,
+        peak_memory=largest(peak_memory(device)),
+    )
+    return Trained(latent, report)
+
+
+def _load(
+    reader: CheckpointReader,
+    targets: Targets,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    *,
+    shared: bool,
+    head: bool,
+) -> PreTrainedModel:
+    """The full-precision model, of several ranks in shares; ``head``: a head that is quantized too."""
+    if not shared:
+        return load_dense_model(reader.folder, dtype, device, trust_remote_code=trust_remote_code)
+    return load_row_model(reader, names_in_rows(targets, head=head), dtype, device, trust_remote_code=trust_remote_code)
+
+
+def qat_identity(
+    model_folder: Path, data: TokenWindows, val: TokenWindows | None, settings: QatSettings
+) -> dict[str, Any]:
+    """What the trained parameters depend on."""
+    return stage_identity("the model", model_folder, data, val, settings, without=("share_weights",))
+
+
+def find_qat_targets(reader: CheckpointReader, settings: QatSettings, trust_remote_code: bool) -> Targets:
     """The layers to train; refuses what would fail later."""
     refuse_quantized(reader, "E2E-QAT")
     model = build_skeleton(reader.folder, torch.float32, trust_remote_code=trust_remote_code)
@@ -149,5 +228,5 @@ def _targets(reader: CheckpointReader, settings: QatSettings, trust_remote_code:
             linear = model.get_submodule(name)
             check_linear(name, linear, scheme, get_format("native"))
             weights += linear.get_parameter("weight").numel()
-    check_memory(weights, sum(p.numel() for p in model.parameters()), settings.resolved_device())
+    check_memory(weights, sum(p.numel() for p in model.parameters()), settings)
     return targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
 
 from formats import QuantScheme
 from formats.errors import InputError
@@ -30,6 +31,8 @@ class QatSettings(EndToEndSettings):
         lr_norm: of norms and biases; 0 freezes them.
         distill: share of the loss that is the divergence from the full-precision model's predictions, 0 to 1; the
             rest is next-token cross-entropy.
+        share_weights: "on" keeps one rank's share of the full-precision model's weights on each rank and gathers a
+            layer's for use, as ranks always do with the trained ones; "auto" does so where a GPU has no room for them.
 
     The others are those of :class:`~eqat_train.end_to_end.settings.EndToEndSettings`.
 
@@ -49,6 +52,7 @@ class QatSettings(EndToEndSettings):
     lr_zero: float = 1e-2
     lr_norm: float = 1e-3
     distill: float = 1.0
+    share_weights: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

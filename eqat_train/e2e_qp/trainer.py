@@ -142,7 +142,7 @@ class Trainer:
         except DamagedStateError as damage:
             self.reporter.message(f"{damage}; E2E-QP starts again from its checkpoint")
             progress = None
-        check_same_progress(0 if progress is None else len(progress.losses))
+        check_same_progress(0 if progress is None else len(progress.losses), "E2E-QP")
         if progress is None:
             return False
         self.losses, self.grad_norms = list(progress.losses), list(progress.grad_norms)

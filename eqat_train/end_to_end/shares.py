@@ -1,4 +1,4 @@
-"""E2E-QP's windows shared out over ranks, and the sum of what their shares give.
+"""Windows shared out over ranks, and the sum of what their shares give.
 
 Every optimizer step has the windows of the whole batch, drawn as one process draws them; each rank computes its part of
 them, with a loss that is divided by the target tokens of all. So the ranks' gradients add up to the batch's.
@@ -63,8 +63,12 @@ def sum_step_(scales: Sequence[Tensor], loss: Tensor, stop: bool, *, sparse: boo
     return sum_gradients_(scales, figures, sparse=sparse)
 
 
-def check_same_progress(done: int) -> None:
+def check_same_progress(done: int, stage: str) -> None:
     """Refuses ranks that go on from different states.
+
+    Args:
+        done: steps of the state that this rank has found.
+        stage: for the message.
 
     Raises:
         InputError: they do not see the same files.
@@ -72,6 +76,6 @@ def check_same_progress(done: int) -> None:
     ranks = current()
     if largest(done) != -largest(-done):
         raise InputError(
-            f"rank {ranks.rank if ranks else 0} finds an unfinished E2E-QP of {done} steps and another rank finds "
+            f"rank {ranks.rank if ranks else 0} finds an unfinished {stage} of {done} steps and another rank finds "
             "something else; --work has to be one folder that every machine sees"
         )

@@ -73,12 +73,14 @@ class Experts(nn.ModuleList):
     Attributes:
         per_token: experts that one token is sent to.
         seen: tokens sent to each expert since ``count_tokens`` began; None outside of it.
+        in_step: every expert is called in every pass, if need be with no tokens: ranks that share weights call alike.
     """
 
     def __init__(self, experts: list[Expert], per_token: int) -> None:
         super().__init__(experts)
         self.per_token = per_token
         self.seen: list[int] | None = None
+        self.in_step = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of each token's experts.
@@ -98,7 +100,7 @@ class Experts(nn.ModuleList):
             self.seen = [before + now for before, now in zip(self.seen, counts, strict=True)]
         result = torch.zeros_like(hidden_states)
         for expert, chosen in zip(self, order.split(counts), strict=True):
-            if not len(chosen):
+            if not len(chosen) and not self.in_step:
                 continue
             tokens = chosen // top_k_index.shape[1]
             weights = top_k_weights.flatten()[chosen, None]

@@ -150,8 +150,7 @@ def _memory(plan: TrainPlan, shape: ModelShape, work: Work) -> list[_Row]:
     size = f"one block ({largest.parameters / 1e6:.0f}M)" if not on_gpu else "tensors on their way to the GPU"
     rows = []
     if plan.config.stage == "e2e-qat":
-        detail = "the whole model, its optimizer and a teacher; activations come on top"
-        return [_Row("memory", "E2E-QAT, GPU" if on_gpu else "E2E-QAT, CPU", detail, round(qat_bytes(shape)))]
+        return _qat_memory(plan, shape, on_gpu=on_gpu)
     if plan.config.stage != "e2e-qp":
         rows.append(_Row("memory", "Block-AP, CPU", f"{size}, libraries, windows", round(block + windows)))
         if on_gpu:
@@ -166,6 +165,19 @@ def _memory(plan: TrainPlan, shape: ModelShape, work: Work) -> list[_Row]:
         rows.append(
             _Row("memory", f"E2E-QP, {where}", f"the whole packed model, {_windows(work)} a pass{least}", round(e2e))
         )
+    return rows
+
+
+def _qat_memory(plan: TrainPlan, shape: ModelShape, *, on_gpu: bool) -> list[_Row]:
+    detail = "the whole model, its optimizer and a teacher; activations come on top"
+    needed = qat_bytes(shape.parameters, shape.weights)
+    rows = [_Row("memory", "E2E-QAT, GPU" if on_gpu else "E2E-QAT, CPU", detail, round(needed))]
+    if on_gpu:
+        share = plan.config.e2e_share != "off"
+        for count in (2, 8):
+            needed = qat_bytes(shape.parameters, shape.weights, ranks=count, share_teacher=share)
+            detail = "under torchrun, with everything shared that ranks may share" if share else "under torchrun"
+            rows.append(_Row("memory", f"each of {count} GPUs", detail, round(needed)))
     return rows
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from formats.errors import InputError
 
 from ..block_ap.following import follow_block_ap
+from ..e2e_qat.following import follow_e2e_qat
 from ..e2e_qp.following import follow_e2e_qp
 from ..models.loading import load_tokenizer
 from ..options import TrainConfig
@@ -21,7 +22,7 @@ from ..ranks.orders import orders, wait_for_all
 from ..reporting.progress import Reporter
 from ..resume.identity import tensor_fingerprint
 from .plan import TrainPlan, make_plan
-from .stage_settings import block_ap_settings, e2e_settings
+from .stage_settings import block_ap_settings, e2e_settings, qat_settings
 from .training_data import TrainingData, prepare_data
 
 __all__ = ["follow"]
@@ -75,7 +76,21 @@ def _e2e_qp(plan: TrainPlan, data: TrainingData, order: dict[str, Any]) -> None:
     )
 
 
-_STAGES = {"block-ap": _block_ap, "e2e-qp": _e2e_qp}
+def _e2e_qat(plan: TrainPlan, data: TrainingData, order: dict[str, Any]) -> None:
+    if data.e2e is None:
+        raise ValueError("no data was prepared for E2E-QAT")
+    _check_windows("E2E-QAT", order["windows"], data.e2e.input_ids, data.e2e.labels)
+    follow_e2e_qat(
+        plan.model,
+        data.e2e,
+        data.e2e_validation,
+        qat_settings(plan.config),
+        Path(order["state"]),
+        trust_remote_code=plan.config.trust_remote_code,
+    )
+
+
+_STAGES = {"block-ap": _block_ap, "e2e-qat": _e2e_qat, "e2e-qp": _e2e_qp}
 
 
 def _check_windows(stage: str, expected: str, *windows: Tensor) -> None:

@@ -23,7 +23,6 @@ from ..demo import DEMO_PROMPT, demo_folder, demo_text
 from ..e2e_qat import check_e2e_qat
 from ..models.loading import build_skeleton, load_config, resolve_model
 from ..options import TrainConfig
-from ..ranks.group import joined
 from ..resume.stage import recorded_output
 from .run_files import is_demo_output
 from .stage_settings import block_ap_settings, e2e_settings, qat_settings
@@ -71,8 +70,6 @@ def make_plan(config: TrainConfig) -> TrainPlan:
         InputError: a model, a stage or settings that do not go together.
         OutputExistsError: an output exists and is not to be replaced.
     """
-    if config.stage == "e2e-qat" and joined() is not None:
-        raise InputError("--stage e2e-qat trains in one process: run it without torchrun, or use --recipe paper")
     demo = config.model is None
     if demo and config.stage == "e2e-qp":
         raise InputError("--stage e2e-qp starts from a finished native or GPTQ checkpoint; give its folder as MODEL")

@@ -13,7 +13,6 @@ from ..e2e_qp.run import E2eSettings
 from ..end_to_end.shares import check_batch
 from ..hardware import DTYPES, resolve_device, resolve_dtype
 from ..options import TrainConfig
-from ..ranks.group import size
 
 __all__ = ["block_ap_settings", "compute_target", "e2e_settings", "qat_settings"]
 
@@ -73,12 +72,11 @@ def qat_settings(config: TrainConfig) -> QatSettings:
     """E2E-QAT's settings, of a resolved configuration.
 
     Raises:
-        InputError: values that contradict each other, or several ranks.
+        InputError: values that contradict each other, or a batch that ranks cannot share.
     """
     if config.bits is None or config.group is None or config.lr_weight is None or config.scale_dtype is None:
         raise ValueError("the configuration is not resolved")
-    if size() > 1:
-        raise InputError(f"--stage e2e-qat trains on one GPU, and torchrun started {size()} ranks; use --recipe paper")
+    check_batch(config.e2e_batch)
     device, dtype = compute_target(config)
     return QatSettings(
         scheme=QuantScheme(config.bits, config.group),
@@ -100,6 +98,7 @@ def qat_settings(config: TrainConfig) -> QatSettings:
         compute_dtype=dtype,
         device=device,
         seed=config.seed,
+        share_weights=config.e2e_share,  # type: ignore[arg-type]  # one of its choices
     )
 
 
