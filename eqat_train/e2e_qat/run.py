@@ -141,10 +141,12 @@ class Trained:
 
     Attributes:
         latent: the trained model.
+        teacher: the full-precision one.
         report: but for the seconds.
     """
 
     latent: LatentModel
+    teacher: PreTrainedModel
     report: QatReport
 
 
@@ -188,7 +190,7 @@ def train_latent(
         seconds=0.0,
         peak_memory=largest(peak_memory(device)),
     )
-    return Trained(latent, report)
+    return Trained(latent, teacher, report)
 
 
 def _load(
