@@ -50,11 +50,14 @@ NUMBERS = ("bits", "group_size", "bytes", "flops", "peak_mib", "p20_us", "p50_us
 
 
 def read(folder: Path) -> list[Row]:
-    """The rows of every CSV file, the last of each kind, in the files' order."""
+    """The rows of every CSV file of times, the last of each kind, in the files' order; others hold perplexities."""
     rows: dict[tuple[str, ...], Row] = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as handle:
-            for row in csv.DictReader(handle):
+            lines = csv.DictReader(handle)
+            if "p50_us" not in (lines.fieldnames or ()):
+                continue
+            for row in lines:
                 key = tuple(row[name] for name in KEY) + (row["note"],) * (row["op"] in BUDGETED)
                 rows.pop(key, None)
                 numbers = {name: float(row[name]) for name in (*NUMBERS, "ceiling_bytes_s", "ceiling_flops_s")}
@@ -273,6 +276,7 @@ TITLES = {
     "e2e_qp_step": "One E2E-QP micro-step",
     "generate": "Greedy decoding at batch 1",
     "inference_ops": "Between the linears of a decoding step",
+    "training_ops": "Between the linears of a training step",
 }
 
 
@@ -295,7 +299,8 @@ def main() -> None:
     if not rows:
         parser.error(f"{given.results} has no rows; run a benchmark first")
     given.out.mkdir(parents=True, exist_ok=True)
-    for file in dict.fromkeys(row["file"] for row in rows):
+    # the rows of scaling.csv say something in pairs alone: docs/results.md has tables of them
+    for file in dict.fromkeys(row["file"] for row in rows if row["file"] != "scaling"):
         members = [row for row in rows if row["file"] == file]
         figure = bars(members, TITLES.get(file, file), rate=file == "generate")
         save(figure, given.out / f"{file}.{given.kind}")

@@ -46,6 +46,12 @@ def test_the_last_of_equal_rows_is_drawn(results: Path) -> None:
     assert [item["p50_us"] for item in rows if item["impl"] == "eqat" and item["shape"] == "M=1 K=64 N=64"] == [2.0]
 
 
+def test_files_of_perplexities_are_passed_over(results: Path) -> None:
+    (results / "ablation.csv").write_text("table,model,wikitext2\nmain,ref-28m,57.4\n")
+    assert len(plot.read(results)) == 6
+    assert {row["file"] for row in plot.read(ROOT / "benchmarks" / "results")} >= {"dequant_matmul", "generate"}
+
+
 def test_the_bound_is_the_longer_of_bytes_and_operations(results: Path) -> None:
     assert [plot.bound(item) for item in plot.read(results)] == [pytest.approx(0.25)] * 6
     assert plot.bound(plot.read(results)[0] | {"flops": 8e8}) == pytest.approx(1.0)
