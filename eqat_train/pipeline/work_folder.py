@@ -15,13 +15,15 @@ __all__ = ["WorkFolder"]
 
 MARKER = ".eqat-work"
 # What a stage leaves when part of it is finished, and everything that the next run can use.
-FINISHED = ("blocks/[0-9]*.json", "e2e-qp/state.json", "*.written.json")
+FINISHED = ("blocks/[0-9]*.json", "e2e-qp/state.json", "e2e-qat/state.json", "*.written.json")
 RESUMABLE = (
     "blocks",
     "block-ap",
     "block-ap.written.json",
     "e2e-qp",
     "e2e-qp.written.json",
+    "e2e-qat",
+    "e2e-qat.written.json",
     "measured.json",
     "events.jsonl",
     "train.log",

@@ -20,7 +20,6 @@ from eqat_train.block_ap.shares import own_samples, own_settings
 from eqat_train.config import build_config
 from eqat_train.data import NO_LOSS, TokenWindows
 from eqat_train.end_to_end.shares import check_batch, own_windows
-from eqat_train.pipeline.plan import make_plan
 from eqat_train.pipeline.train import train
 from eqat_train.ranks import group
 from eqat_train.reporting.progress import Reporter
@@ -211,12 +210,6 @@ def test_batches_that_cannot_be_shared_are_refused_with_what_can() -> None:
         own_samples(samples, samples, local_batch=2)
     with pytest.raises(InputError, match=r"--e2e-batch 32 .* use --e2e-batch 33"):
         check_batch(32)
-
-
-@pytest.mark.usefixtures("second_of_three")
-def test_the_stage_that_ranks_do_not_share_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(InputError, match="one process: run it without torchrun"):
-        make_plan(build_config(SETTINGS | {"model": str(tiny_folder), "stage": "e2e-qat"}))
 
 
 @pytest.mark.usefixtures("second_of_three")

@@ -1,0 +1,127 @@
+"""What each of two ranks does for ``test_qat_ranks.py``: several runs of E2E-QAT in one process group, and its end.
+
+    torchrun --nproc-per-node 2 qat_rank_worker.py SETTINGS_JSON
+
+Works in the current folder. Each rank leaves ``rank0.json`` or ``rank1.json`` with what it saw: how much it held, what
+was said, and how the runs that cannot succeed ended. Rank 1 ends all by killing itself in the last one.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rank_worker import Listener, changed, seen
+from torch import nn
+
+from eqat_train.config import TrainConfig, build_config
+from eqat_train.e2e_qat import sum_step
+from eqat_train.e2e_qat import trainer as qat_trainer
+from eqat_train.e2e_qat.latent_model import LatentModel
+from eqat_train.e2e_qat.row_linear import RowLinear
+from eqat_train.e2e_qat.trainer import QatTrainer
+from eqat_train.pipeline.following import follow
+from eqat_train.pipeline.train import train
+from eqat_train.ranks.orders import give_order
+from eqat_train.ranks.together import RankLostError, run_together
+
+# Two tokens a window, two windows a step: experts that one rank, or no rank, has a token for.
+MIXTURE = {"model": "olmoe", "e2e_seq_len": 2, "e2e_batch": 2, "overrides": {}}
+
+
+def held(trainer: QatTrainer) -> dict[str, int]:
+    """Values that this rank holds, and how many there are."""
+    latent: LatentModel = trainer.latent
+    shared = [parameter for parameter in latent.parameters if parameter in latent.rows]
+    layers = latent.linears.values()
+    linears = [module for module in trainer.teacher.modules() if isinstance(module, nn.Linear)]
+    return {
+        "own": sum(parameter.numel() for parameter in shared),
+        "all": sum(layer.out_features * (layer.in_features + 2 * layer.scales.shape[1]) for layer in layers),
+        "whole": sum(parameter.numel() for parameter in latent.parameters if parameter not in latent.rows),
+        "teacher's own": sum(linear.weight.numel() for linear in linears),
+        "teacher's all": sum(linear.in_features * linear.out_features for linear in linears),
+        "teacher's in rows": sum(isinstance(linear, RowLinear) for linear in linears),
+    }
+
+
+def interrupted_in_the_third_step(step: Any, *, by_a_signal: bool = True) -> Any:
+    def wrapper(trainer: QatTrainer, *args: Any) -> Any:
+        if len(trainer.losses) == 1:  # they are read a step late
+            if by_a_signal:
+                os.kill(os.getpid(), signal.SIGINT)
+            else:  # a process takes one: it has to end within half a minute
+                trainer._stop._received = signal.SIGINT
+        return step(trainer, *args)
+
+    return wrapper
+
+
+def killed(step: Any) -> Any:
+    def wrapper(trainer: QatTrainer, *args: Any) -> Any:
+        if trainer.losses:
+            Path("rank1.json").write_text(json.dumps(seen))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, *args)
+
+    return wrapper
+
+
+def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
+    def ends(name: str, out: str, **more: Any) -> None:
+        try:
+            run(build_config(settings | more | {"out": out}))
+            seen["ended"][name] = "good"
+        except KeyboardInterrupt as error:
+            seen["ended"][name] = type(error).__name__
+
+    make = QatTrainer.__init__
+
+    def noted(trainer: QatTrainer, *args: Any) -> None:
+        make(trainer, *args)
+        seen.setdefault("held", []).append(held(trainer))
+
+    QatTrainer.__init__ = noted  # type: ignore[method-assign]
+    ends("whole", "whole")
+    ends("shared", "shared", e2e_share="on")
+    QatTrainer.__init__ = make  # type: ignore[method-assign]
+    drop, dropped = sum_step._drop_unused, []
+
+    def counted(latent: LatentModel, device: torch.device) -> None:
+        drop(latent, device)
+        dropped.append(sum(layer.weight.grad is None for layer in latent.linears.values()))
+
+    sum_step._drop_unused = counted
+    ends("mixture", "mixture", **MIXTURE)
+    seen["dropped"] = dropped
+    ends("resumed", "resumed")
+    with changed(QatTrainer, "_step", partial(interrupted_in_the_third_step, by_a_signal=False)):
+        ends("handed over", "handed over")
+    with changed(QatTrainer, "_step", interrupted_in_the_third_step):
+        ends("stopped", "stopped")
+    ends("gone on", "stopped")
+    qat_trainer.SAVE_SECONDS = 0  # rank 0 wants it after every step, whatever the others' clocks say
+    with changed(QatTrainer, "_step", killed):
+        ends("killed", "killed")
+
+
+def lead(config: TrainConfig) -> None:
+    train(config, Listener())
+    give_order("end")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the lost connection is noticed
+    given = json.loads(sys.argv[1])
+    try:
+        run_together("cpu", lambda: work(lead, given), lambda: work(follow, given))
+    except RankLostError as error:
+        seen["ended"]["killed"] = str(error)
+        Path("rank0.json").write_text(json.dumps(seen))
+        sys.exit(2)
