@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eqat_train.costs.estimate import Work, block_bytes, block_seconds, disk, e2e_bytes, e2e_seconds, reduce_seconds
+from eqat_train.costs.estimate import (
+    Work,
+    block_bytes,
+    block_seconds,
+    disk,
+    e2e_bytes,
+    e2e_seconds,
+    qat_bytes,
+    reduce_seconds,
+)
 from eqat_train.costs.machine import H200
 from eqat_train.costs.shapes import llama_shape, moe_shape
 
@@ -134,6 +143,13 @@ def _many_gpus() -> Iterator[Sequence[object]]:
             )
 
 
+def _e2e_qat() -> Iterator[Sequence[object]]:
+    yield "model", *(f"{count} GPU{'s' if count > 1 else ''}, GiB each" for count in (1, 2, 8, 64))
+    for model in MODELS.values():
+        sizes = (qat_bytes(model.parameters, model.weights, ranks=count, share_teacher=True) for count in (1, 2, 8, 64))
+        yield model.name, *map(_size, sizes)
+
+
 def _disk_rates() -> Iterator[Sequence[object]]:
     yield "model", "fp32, GB/s", "bf16, GB/s"
     for name, model in MODELS.items():
@@ -151,6 +167,7 @@ TABLES: dict[str, Callable[[], Iterator[Sequence[object]]]] = {
     "one GPU": _one_gpu,
     "disk rates": _disk_rates,
     "many GPUs": _many_gpus,
+    "E2E-QAT": _e2e_qat,
 }
 
 

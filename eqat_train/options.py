@@ -164,8 +164,8 @@ class TrainConfig:
     e2e_share: str = _option(
         "auto",
         "End to end",
-        "Under torchrun, hold a rank's share of the packed weights only and gather each layer's for use; auto does "
-        "so where they take over half of a GPU.",
+        "Under torchrun, hold a rank's share only of E2E-QP's packed weights, and of E2E-QAT's full-precision model, "
+        "and gather each layer's for use; auto does so where a GPU would be too full.",
         choices=("auto", "on", "off"),
     )
     warmup_ratio: float = _option(

@@ -57,8 +57,16 @@ __all__ = [
 ]
 
 
-def check_e2e_qat(model_folder: Path, settings: QatSettings, *, trust_remote_code: bool = False) -> None:
+def check_e2e_qat(
+    model_folder: Path, settings: QatSettings, *, fitting: bool = True, trust_remote_code: bool = False
+) -> None:
     """Refuses a model or a scheme that ``run_e2e_qat`` would refuse, in seconds and before any data is needed.
+
+    Args:
+        model_folder: full-precision model.
+        settings: see :class:`QatSettings`.
+        fitting: whether it has to fit on the GPUs.
+        trust_remote_code: allow Python files of the folder to run.
 
     Raises:
         InputError: the model has no decoder blocks, is quantized already, or does not fit on the GPU.
@@ -66,7 +74,7 @@ def check_e2e_qat(model_folder: Path, settings: QatSettings, *, trust_remote_cod
         CheckpointError: the model folder is damaged, or its tensors are not those of the architecture.
     """
     with CheckpointReader(model_folder) as reader:
-        find_qat_targets(reader, settings, trust_remote_code)
+        find_qat_targets(reader, settings, trust_remote_code, fitting=fitting)
 
 
 def run_e2e_qat(
@@ -216,7 +224,9 @@ def qat_identity(
     return stage_identity("the model", model_folder, data, val, settings, without=("share_weights",))
 
 
-def find_qat_targets(reader: CheckpointReader, settings: QatSettings, trust_remote_code: bool) -> Targets:
+def find_qat_targets(
+    reader: CheckpointReader, settings: QatSettings, trust_remote_code: bool, *, fitting: bool = True
+) -> Targets:
     """The layers to train; refuses what would fail later."""
     refuse_quantized(reader, "E2E-QAT")
     model = build_skeleton(reader.folder, torch.float32, trust_remote_code=trust_remote_code)
@@ -230,5 +240,6 @@ def find_qat_targets(reader: CheckpointReader, settings: QatSettings, trust_remo
             linear = model.get_submodule(name)
             check_linear(name, linear, scheme, get_format("native"))
             weights += linear.get_parameter("weight").numel()
-    check_memory(weights, sum(p.numel() for p in model.parameters()), settings)
+    if fitting:
+        check_memory(weights, sum(p.numel() for p in model.parameters()), settings)
     return targets

@@ -16,13 +16,14 @@ from ..block_ap.rehearsal import Rehearsal, rehearse
 from ..costs.estimate import PROCESS_BYTES, Work, block_bytes, cpu_bytes, disk, e2e_bytes, qat_bytes
 from ..costs.shapes import ModelShape, block_shape
 from ..data import open_source
+from ..e2e_qat import check_e2e_qat
 from ..e2e_qp.trainer import ACTIVATION_BUDGET, FREE_SHARE, MICRO_TOKENS
 from ..models.decoder import find_decoder_layers
 from ..models.loading import build_skeleton
 from ..options import TrainConfig
 from ..reporting.progress import Reporter
 from .plan import TrainPlan, make_plan
-from .stage_settings import block_ap_settings, compute_target
+from .stage_settings import block_ap_settings, compute_target, qat_settings
 
 __all__ = ["dry_run"]
 
@@ -44,7 +45,7 @@ def dry_run(config: TrainConfig, reporter: Reporter) -> None:
     Raises:
         EqatError: what the run itself would refuse at its start.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, fitting=False)
     for note in plan.notes:
         reporter.message(note)
     for data in (plan.config.data, plan.config.e2e_data, plan.config.eval_data):
@@ -52,7 +53,7 @@ def dry_run(config: TrainConfig, reporter: Reporter) -> None:
             open_source(data)  # refuses a file that is not there
     shape, stored = _shape(plan)
     work = _work(plan.config, shape, stored)
-    rows, problems = _memory(plan, shape, work), []
+    rows, problems = _memory(plan, shape, work), _refused(plan)
     place = "none"
     if work.epochs:
         try:
@@ -91,6 +92,18 @@ def dry_run(config: TrainConfig, reporter: Reporter) -> None:
         rows=[vars(row) for row in rows],
         problems=problems,
     )
+
+
+def _refused(plan: TrainPlan) -> list[str]:
+    """Why this machine's GPU cannot hold what the plan needs; empty where it can."""
+    if plan.config.stage != "e2e-qat":
+        return []
+    trust = plan.config.trust_remote_code
+    try:
+        check_e2e_qat(plan.model, qat_settings(plan.config), trust_remote_code=trust)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def _shape(plan: TrainPlan) -> tuple[ModelShape, tuple[int, int] | None]:

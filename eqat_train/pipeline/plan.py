@@ -63,8 +63,12 @@ class TrainPlan:
     notes: tuple[str, ...]
 
 
-def make_plan(config: TrainConfig) -> TrainPlan:
+def make_plan(config: TrainConfig, *, fitting: bool = True) -> TrainPlan:
     """Resolves the model, the settings and the outputs.
+
+    Args:
+        config: the user's.
+        fitting: refuse what does not fit on this machine's GPUs.
 
     Raises:
         InputError: a model, a stage or settings that do not go together.
@@ -81,7 +85,7 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     if saved.stage == "e2e-qp":
         build_skeleton(model, torch.float32, trust_remote_code=config.trust_remote_code)  # refuses what it cannot build
     elif saved.stage == "e2e-qat":
-        check_e2e_qat(model, qat_settings(saved), trust_remote_code=config.trust_remote_code)
+        check_e2e_qat(model, qat_settings(saved), fitting=fitting, trust_remote_code=config.trust_remote_code)
     else:
         check_block_ap(model, block_ap_settings(saved), trust_remote_code=config.trust_remote_code)
     if saved.stage in ("all", "e2e-qp"):

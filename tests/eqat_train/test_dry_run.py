@@ -8,13 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_checkpoints import quantize_folder
 from typer.testing import CliRunner
 
 from eqat_train.cli import app
 from eqat_train.config import TrainConfig
 from eqat_train.pipeline import dry_run as module
+from eqat_train.pipeline import stage_settings
 from eqat_train.pipeline.dry_run import dry_run
+from eqat_train.pipeline.plan import make_plan
 from eqat_train.reporting.progress import Reporter
 from formats import QuantScheme
 from formats.errors import InputError
@@ -72,6 +75,22 @@ def test_the_whole_models_training_is_planned_with_its_optimizer(config: Config)
     plan, rows = planned(config(stage="e2e-qat", device="cpu"))
     assert 6 * plan["parameters"] < rows["memory", "E2E-QAT, CPU"]["bytes"] < 18 * plan["parameters"]
     assert rows["time", "E2E-QAT"]["seconds"] is None
+
+
+def test_a_model_too_large_for_the_gpu_is_planned_for_several(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for owner in (module, stage_settings):
+        monkeypatch.setattr(owner, "compute_target", lambda config: (cuda, torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 2 * 10**6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "small")
+    asked = config(stage="e2e-qat")
+    plan, rows = planned(asked)
+    alone, *shared = (rows["memory", what]["bytes"] for what in ("E2E-QAT, GPU", "each of 2 GPUs", "each of 8 GPUs"))
+    assert shared[1] < shared[0] < alone < 2 * shared[0]  # the embeddings are on each
+    (problem,) = plan["problems"]
+    assert "on the GPU and 0.0 GiB are free; use torchrun with" in problem
+    with pytest.raises(InputError, match="use torchrun with"):
+        make_plan(asked)
 
 
 def test_a_disk_without_room_is_a_problem_that_the_plan_shows(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
