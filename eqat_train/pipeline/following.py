@@ -1,6 +1,7 @@
-"""``eqat train`` on every rank but the first: takes part in what rank 0 trains, and writes nothing.
+"""``eqat train`` on every rank but the first: takes part in what rank 0 trains, and leaves no checkpoint.
 
-Each rank reads the model and the data by itself. Rank 0 says which stage begins, and where its unfinished run stands.
+Each rank reads the model and the data by itself. Rank 0 says which stage begins, and where its unfinished run stands;
+of a state that ranks share each writes its share there.
 """
 
 from __future__ import annotations

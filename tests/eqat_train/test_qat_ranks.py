@@ -204,7 +204,7 @@ def test_a_rank_that_dies_ends_the_run_with_one_line_and_the_state_is_kept(
     made: Path, told: list[dict[str, Any]]
 ) -> None:
     assert "another rank has ended" in told[0]["ended"]["killed"] and "\n" not in told[0]["ended"]["killed"]
-    assert not (made / "killed").exists()
+    assert not (made / "killed").exists() and (made / "killed.work" / "e2e-qat" / "state.json").exists()
 
 
 def test_only_rank_0_leaves_files(made: Path) -> None:
