@@ -90,6 +90,9 @@ def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
     ends("whole", "whole")
     ends("shared", "shared", e2e_share="on")
     QatTrainer.__init__ = make  # type: ignore[method-assign]
+    # one rank finds that it has to recompute, so both do
+    with changed(QatTrainer, "_recomputes", lambda recomputes: lambda trainer, tokens: True):
+        ends("recomputed", "recomputed", e2e_share="on")
     drop, dropped = sum_step._drop_unused, []
 
     def counted(latent: LatentModel, device: torch.device) -> None:

@@ -173,6 +173,10 @@ def test_the_teacher_in_shares_gives_the_same_bytes(made: Path, told: list[dict[
     assert any("share of the full-precision model" in text for text in told[0]["said"])
 
 
+def test_layers_that_one_rank_has_to_recompute_are_recomputed_by_both_to_the_same_bytes(made: Path) -> None:
+    assert same_bytes(made / "recomputed", made / "whole")
+
+
 def test_experts_without_tokens_on_a_rank_or_on_all_are_trained_as_alone(
     made: Path, told: list[dict[str, Any]]
 ) -> None:
