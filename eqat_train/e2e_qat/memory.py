@@ -61,7 +61,8 @@ def shares_teacher(latent: LatentModel, settings: QatSettings) -> bool:
     wanted = settings.share_weights == "on"
     device = settings.resolved_device()
     if not wanted and device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what loading has left over
+        free = torch.cuda.mem_get_info(device)[0] + unused
         trained = 12 * sum(parameter.numel() for parameter in latent.parameters)
         whole = sum(linear.in_features * linear.out_features for linear in latent.linears.values())
         wanted = trained + settings.resolved_compute_dtype().itemsize * whole > SHARE_OF_GPU * free

@@ -23,7 +23,7 @@ from ..e2e_qp.fused_modules import fused_modules
 from ..e2e_qp.head import find_head
 from ..e2e_qp.next_token import mean_loss
 from ..e2e_qp.recompute import recomputed_in_backward
-from ..end_to_end.schedule import learning_rate_factor
+from ..end_to_end.schedule import batches, learning_rate_factor
 from ..end_to_end.shares import check_same_progress, own_windows
 from ..end_to_end.state import DamagedStateError, E2eProgress, E2eState
 from ..models.experts import Experts
@@ -100,7 +100,7 @@ class QatTrainer:
             done = len(self.losses)
             task.update(done)
             running: tuple[int, float, Tensor] | None = None
-            for number, rows in enumerate(islice(self._batches(len(data)), done, None), done):
+            for number, rows in enumerate(islice(batches(len(data), settings), done, None), done):
                 factor = learning_rate_factor(number, steps, settings.warmup_ratio)
                 values = self._step(optimizer, data.take(rows), head, factor)
                 if running is not None:
@@ -180,12 +180,6 @@ class QatTrainer:
 
     def _save_is_due(self) -> bool:
         return rank() == 0 and time.monotonic() - self._saved >= SAVE_SECONDS
-
-    def _batches(self, windows: int) -> Iterator[Tensor]:
-        """Rows of every step of the run."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        for _ in range(self.settings.epochs):
-            yield from torch.randperm(windows, generator=generator).split(self.settings.batch_size)
 
     def _head(self, ids: Tensor) -> Any:
         """The head that both models share; None where logits have to be the models' own."""

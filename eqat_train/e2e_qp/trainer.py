@@ -21,7 +21,7 @@ from torch import Tensor
 from formats.errors import InputError, TrainingDivergedError
 
 from ..data import TokenWindows
-from ..end_to_end.schedule import learning_rate_factor
+from ..end_to_end.schedule import batches, learning_rate_factor
 from ..end_to_end.shares import check_same_progress, own_windows, sum_step_
 from ..end_to_end.state import DamagedStateError, E2eProgress, E2eState
 from ..models.experts import Experts
@@ -116,7 +116,7 @@ class Trainer:
                     step = running.popleft()
                     task.update(1, loss=self._finish(step, steps), lr=step.lr)
 
-            for number, rows in enumerate(islice(self._batches(len(data)), done, None), done):
+            for number, rows in enumerate(islice(batches(len(data), settings), done, None), done):
                 lr = self.lr * learning_rate_factor(number, steps, settings.warmup_ratio)
                 running.append(self._step(optimizer, data.take(rows), number, lr))
                 finish(unread=1 if self.device.type == "cuda" else 0)
@@ -129,12 +129,6 @@ class Trainer:
         check_same({name: linear.scales for name, linear in self.packed.linears.items()}, "E2E-QP's scales")
         if not all(bool(linear.stored_scales().isfinite().all()) for linear in self.packed.linears.values()):
             _diverged("a scale is not finite", f"step {steps}, peak lr {self.lr:g}")
-
-    def _batches(self, windows: int) -> Iterator[Tensor]:
-        """Rows of every step of the run."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        for _ in range(self.settings.epochs):
-            yield from torch.randperm(windows, generator=generator).split(self.settings.batch_size)
 
     def _resume(self, optimizer: torch.optim.AdamW, steps: int) -> bool:
         try:

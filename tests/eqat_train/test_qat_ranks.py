@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from torch import Tensor
 from eqat_train.config import build_config
 from eqat_train.costs.estimate import qat_bytes
 from eqat_train.e2e_qat import QatSettings
-from eqat_train.e2e_qat.memory import check_memory
+from eqat_train.e2e_qat import memory as qat_memory
+from eqat_train.e2e_qat.memory import check_memory, shares_teacher
 from eqat_train.e2e_qat.trainer import QatTrainer
 from eqat_train.end_to_end.state import E2eProgress, E2eState
 from eqat_train.pipeline.plan import make_plan
@@ -288,6 +290,23 @@ def test_the_refusal_counts_ranks(
         check_memory(*sizes, settings)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (48 * 2**30, 80 * 2**30))
     check_memory(*sizes, settings)
+
+
+@pytest.mark.parametrize(("free", "shared"), [(10**6, True), (10**9, False)])
+@pytest.mark.parametrize(("share", "asked"), [("auto", None), ("on", True), ("off", False)])
+def test_the_teacher_is_shared_where_a_gpu_would_be_too_full(
+    share: Any, asked: bool | None, free: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of 256 x 1024 on two GPUs: 12 bytes for each of 2**17 weights to come, and 2 for each of 2**18."""
+    monkeypatch.setattr(qat_memory, "size", lambda: 2)
+    monkeypatch.setattr(qat_memory, "largest", lambda value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    linear = SimpleNamespace(in_features=1024, out_features=256)
+    latent: Any = SimpleNamespace(parameters=[torch.empty(128, 1024)], linears={"q_proj": linear})
+    settings = QatSettings(QuantScheme(2, 64), device="cuda", share_weights=share)
+    assert shares_teacher(latent, settings) == (shared if asked is None else asked)
 
 
 def test_a_gpu_of_several_holds_less_by_what_is_shared() -> None:
