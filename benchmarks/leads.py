@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eqat_train.e2e_qat.run
+from benchmarks.error_compensation import compensated
+from eqat_train.block_ap.fake_quant_linear import FakeQuantLinear
 from eqat_train.data import NO_LOSS, TokenWindows
 from eqat_train.e2e_qat.trainer import QatTrainer
 
@@ -119,6 +122,74 @@ class FrozenCodes(QatTrainer):
         return super()._step(*given)
 
 
+class ErrorCompensation(QatTrainer):
+    """Weights start where GPTQ would round them to, by the full-precision model's inputs of 64 windows."""
+
+    WINDOWS = 64
+
+    def train(self, data: TokenWindows, val: TokenWindows | None) -> None:
+        hessians = self._hessians(data.take(torch.arange(min(self.WINDOWS, len(data)))))
+        for name, linear in self.latent.linears.items():
+            _, scales, zeros = linear.stored()
+            grid = scales.float(), zeros.float(), linear.scheme.maxq
+            linear.weight.data.copy_(compensated(linear.weight.data, *grid, hessians.pop(name)))
+        super().train(data, val)
+
+    @torch.no_grad()
+    def _hessians(self, data: TokenWindows) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].flatten(0, -2).float()
+            sums[name] = sums.get(name, 0) + rows.T @ rows
+
+        layers = {name: self.teacher.get_submodule(name) for name in self.latent.linears}
+        hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
+        for batch in data.batches(self.micro_batch_size):
+            self.teacher.base_model(input_ids=batch.input_ids.to(self.device), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+
+class SoftRounding(QatTrainer):
+    """Soft rounding (arXiv 2006.09952) that hardens from step to step and is exact in the last quarter.
+
+    The gradient is the same straight-through one.
+    """
+
+    SHARPNESS, SHARE = (1.0, 32.0), 0.75
+
+    def train(self, data: TokenWindows, val: TokenWindows | None) -> None:
+        self._steps = self.settings.epochs * math.ceil(len(data) / self.settings.batch_size)
+        self._sharpness: float | None = None
+        for linear in self.latent.linears.values():
+            linear.quantize_dequantize = partial(self._softened, linear, linear.quantize_dequantize)  # type: ignore[method-assign]
+        super().train(data, val)
+
+    def _step(self, *given: Any) -> Tensor:
+        (low, high), done = self.SHARPNESS, len(self.losses) / (self.SHARE * self._steps)
+        self._sharpness = low * (high / low) ** done if done < 1 else None
+        values = super()._step(*given)
+        self._sharpness = None  # what is validated and written is rounded
+        return values
+
+    def _softened(self, linear: FakeQuantLinear, exact: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
+        weight = exact(dtype)
+        if self._sharpness is None:
+            return weight
+        with torch.no_grad():
+            _, scales, zeros = linear.stored()
+            s, z = scales.float().unsqueeze(2), zeros.unsqueeze(2)
+            place = (linear.weight.unflatten(1, (scales.shape[1], -1)) / s + z).clamp(0, linear.scheme.maxq)
+            way = place - place.floor() - 0.5
+            soft = torch.tanh(self._sharpness * way) / (2 * math.tanh(self._sharpness / 2)) + 0.5
+            # how far from the nearest code the soft value is
+            off = soft - (way >= 0).float()
+            correction = (off * s).flatten(1).to(dtype)
+        return weight + correction
+
+
 class _Together:
     """Two optimizers of different parameters as one."""
 
@@ -146,6 +217,8 @@ LOOPS: dict[str, Callable[..., QatTrainer]] = {
     "Muon": Muon,
     "averaged": Averaged,
     "codes frozen": FrozenCodes,
+    "error compensation": ErrorCompensation,
+    "soft rounding": SoftRounding,
 }
 
 
