@@ -4,13 +4,14 @@ import json
 import lzma
 from pathlib import Path
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from eqat_train.data import open_source
 from formats.errors import InputError
+
+datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 DOCUMENTS = ["First document.\nWith two lines.", "Second.\n\nWith a blank line.", "Third: <|endoftext|> inside a line."]
 SEPARATED = "\n<|endoftext|>\n".join(DOCUMENTS) + "\n"
