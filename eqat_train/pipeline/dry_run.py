@@ -241,7 +241,7 @@ def _time(plan: TrainPlan, shape: ModelShape, work: Work, measured: Rehearsal | 
     if work.e2e_samples:
         tokens = work.e2e_epochs * work.e2e_samples * work.e2e_seq_len
         layers = blocks + 4 * shape.head / (8 * block.active)  # the head by its operations
-        detail = f"{tokens:,} tokens, {_short(1e3 * measured.e2e_seconds)} a layer and 1000 of them"
+        detail = f"{tokens:,} tokens, {_short(1e3 * measured.e2e_seconds)} per layer and 1000 tokens"
         rows.append(_Row("time", "E2E-QP", detail, seconds=tokens * layers * measured.e2e_seconds))
     return rows
 

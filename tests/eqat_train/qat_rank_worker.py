@@ -6,29 +6,20 @@ Works in the current folder. Each rank leaves ``rank0.json`` or ``rank1.json`` w
 was said, and how the runs that cannot succeed ended. Rank 1 ends all by killing itself in the last one.
 """
 
-import json
 import os
 import signal
-import sys
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rank_worker import Listener, changed, seen
+from ranks_of_a_test import Run, changed, kill_this_rank, seen, work_as_a_rank
 from torch import nn
 
-from eqat_train.config import TrainConfig, build_config
 from eqat_train.e2e_qat import sum_step
 from eqat_train.e2e_qat import trainer as qat_trainer
 from eqat_train.e2e_qat.latent_model import LatentModel
 from eqat_train.e2e_qat.row_linear import RowLinear
 from eqat_train.e2e_qat.trainer import QatTrainer
-from eqat_train.pipeline.following import follow
-from eqat_train.pipeline.train import train
-from eqat_train.ranks.orders import give_order
-from eqat_train.ranks.together import RankLostError, run_together
 
 # Two tokens a window, two windows a step: experts that one rank, or no rank, has a token for.
 MIXTURE = {"model": "olmoe", "e2e_seq_len": 2, "e2e_batch": 2, "overrides": {}}
@@ -65,21 +56,13 @@ def interrupted_in_the_third_step(step: Any, *, by_a_signal: bool = True) -> Any
 def killed(step: Any) -> Any:
     def wrapper(trainer: QatTrainer, *args: Any) -> Any:
         if trainer.losses:
-            Path("rank1.json").write_text(json.dumps(seen))
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_this_rank()
         return step(trainer, *args)
 
     return wrapper
 
 
-def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
-    def ends(name: str, out: str, **more: Any) -> None:
-        try:
-            run(build_config(settings | more | {"out": out}))
-            seen["ended"][name] = "good"
-        except KeyboardInterrupt as error:
-            seen["ended"][name] = type(error).__name__
-
+def work(ends: Run) -> None:
     make = QatTrainer.__init__
 
     def noted(trainer: QatTrainer, *args: Any) -> None:
@@ -113,18 +96,5 @@ def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
         ends("killed", "killed")
 
 
-def lead(config: TrainConfig) -> None:
-    train(config, Listener())
-    give_order("end")
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the lost connection is noticed
-    given = json.loads(sys.argv[1])
-    try:
-        run_together("cpu", lambda: work(lead, given), lambda: work(follow, given))
-    except RankLostError as error:
-        seen["ended"]["killed"] = str(error)
-        Path("rank0.json").write_text(json.dumps(seen))
-        sys.exit(2)
+    work_as_a_rank(work)

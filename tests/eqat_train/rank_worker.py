@@ -6,33 +6,18 @@ Works in the current folder. Each rank leaves ``rank0.json`` or ``rank1.json`` w
 held, what was said, and how the runs that cannot succeed ended. Rank 1 ends all by killing itself in a fifth run.
 """
 
-import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
+from ranks_of_a_test import Run, changed, kill_this_rank, seen, work_as_a_rank
 
 from eqat_train.block_ap import run as block_ap_run
 from eqat_train.block_ap.activations import ActivationStore
-from eqat_train.config import TrainConfig, build_config
 from eqat_train.e2e_qp.shared_words import SharedWords
 from eqat_train.e2e_qp.trainer import Trainer
-from eqat_train.pipeline.following import follow
-from eqat_train.pipeline.train import train
 from eqat_train.ranks import gradients
-from eqat_train.ranks.divergence import RanksDifferError
-from eqat_train.ranks.group import joined
-from eqat_train.ranks.orders import give_order
-from eqat_train.ranks.together import RankLostError, run_together
-from eqat_train.reporting.progress import Reporter
-
-seen: dict[str, Any] = {"samples": [], "said": [], "ended": {}}
-
 
 # Ranks see fewer tokens of an expert than it takes to be trained, and together enough.
 MIXTURE = {"model": "mixtral", "min_expert_tokens": 100}
@@ -45,24 +30,6 @@ def held(words: SharedWords) -> tuple[int, int, int]:
     shapes = [shape.numel() for pair in words._shapes for shape in pair]
     gathered = sum(tensor.nbytes for pair in words._here.values() for tensor in pair)
     return sum(linear.qweight.nbytes for linear in words._linears), 4 * sum(shapes), gathered
-
-
-class Listener(Reporter):
-    def message(self, text: str) -> None:
-        seen["said"].append(text)
-
-
-@contextmanager
-def changed(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, a function is another one on rank 1."""
-    before = getattr(owner, name)
-    ranks = joined()
-    if ranks is not None and ranks.rank:
-        setattr(owner, name, make(before))
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def interrupted_in_the_second_step(step: Any) -> Any:
@@ -85,21 +52,10 @@ def with_a_flipped_bit(train_block: Any) -> Any:
 
 
 def killed(train_block: Any) -> Any:
-    def wrapper(*args: Any) -> Any:
-        Path("rank1.json").write_text(json.dumps(seen))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    return wrapper
+    return lambda *args: kill_this_rank()
 
 
-def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
-    def ends(name: str, out: str, **more: Any) -> None:
-        try:
-            run(build_config(settings | more | {"out": out}))
-            seen["ended"][name] = "good"
-        except (KeyboardInterrupt, RanksDifferError) as error:
-            seen["ended"][name] = f"{type(error).__name__}: {error}"
-
+def work(ends: Run) -> None:
     make = ActivationStore.__init__
 
     def noted(store: ActivationStore, shape: Any, *args: Any) -> None:
@@ -129,18 +85,5 @@ def work(run: Callable[[TrainConfig], None], settings: dict[str, Any]) -> None:
         ends("killed", "killed")
 
 
-def lead(config: TrainConfig) -> None:
-    train(config, Listener())
-    give_order("end")
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the lost connection is noticed
-    given = json.loads(sys.argv[1])
-    try:
-        run_together("cpu", lambda: work(lead, given), lambda: work(follow, given))
-    except RankLostError as error:
-        seen["ended"]["killed"] = str(error)
-        Path("rank0.json").write_text(json.dumps(seen))
-        sys.exit(2)
+    work_as_a_rank(work)

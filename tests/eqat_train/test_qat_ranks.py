@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from qat_rank_worker import MIXTURE
+from ranks_of_a_test import launch, what_ranks_saw, write_text
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 from torch import Tensor
@@ -36,8 +34,6 @@ from formats import QuantScheme
 from formats.errors import InputError
 from formats.model import open_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = "the cat sat on a mat and then it ran far away from home".split()
 RATES = {"lr_weight": 1e-4, "lr_scale": 1e-4, "lr_zero": 1e-3, "lr_norm": 1e-4}
 SETTINGS: dict[str, Any] = {
     "stage": "e2e-qat",
@@ -62,15 +58,6 @@ class Listener(Reporter):
         self.said.append(text)
 
 
-def launch(ranks: int, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    worker = [str(Path(__file__).with_name(command[0])), *command[1:]]
-    return subprocess.run(
-        [*start, *worker], cwd=folder, env=environment, capture_output=True, text=True, timeout=180, check=False
-    )
-
-
 def interrupted(trainer: QatTrainer, *args: Any) -> Tensor:
     values = step(trainer, *args)
     if len(trainer.losses) == 1:  # the third: losses are read a step late
@@ -85,8 +72,7 @@ step = QatTrainer._step
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where one process has made ``alone`` and two ranks everything else, see ``qat_rank_worker.py``."""
     folder = tmp_path_factory.mktemp("qat-ranks")
-    draw = random.Random(0)
-    (folder / "train.txt").write_text("\n\n".join(" ".join(draw.choices(WORDS, k=50)) for _ in range(60)))
+    write_text(folder)
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -110,7 +96,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(made: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    return [json.loads((made / f"rank{number}.json").read_text()) for number in (0, 1)]
+    return what_ranks_saw(made)
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:

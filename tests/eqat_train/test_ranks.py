@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rank_worker import MIXTURE
+from ranks_of_a_test import ROOT, launch, what_ranks_saw, write_text
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
@@ -27,8 +27,6 @@ from formats import QuantScheme
 from formats.errors import InputError
 from formats.model import open_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = "the cat sat on a mat and then it ran far away from home".split()
 SETTINGS: dict[str, Any] = {
     "data": "train.txt",
     "group": 32,
@@ -57,8 +55,7 @@ class StopAfterTheFirstBlock(Reporter):
 def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where one process has made ``alone`` and two ranks everything else, see ``rank_worker.py``."""
     folder = tmp_path_factory.mktemp("ranks")
-    draw = random.Random(0)
-    (folder / "train.txt").write_text("\n\n".join(" ".join(draw.choices(WORDS, k=50)) for _ in range(60)))
+    write_text(folder)
     settings = SETTINGS | {"model": str(tiny_folder)}
     before = Path.cwd()
     os.chdir(folder)
@@ -70,12 +67,7 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             train(build_config(settings | {"out": "resumed"}), StopAfterTheFirstBlock())
     finally:
         os.chdir(before)
-    worker = [str(Path(__file__).with_name("rank_worker.py")), json.dumps(settings)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    ended = launch(2, folder, "rank_worker.py", json.dumps(settings))
     assert ended.returncode and (folder / "rank0.json").exists(), ended.stderr[-3000:]
     return folder
 
@@ -83,7 +75,7 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(made: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    return [json.loads((made / f"rank{number}.json").read_text()) for number in (0, 1)]
+    return what_ranks_saw(made)
 
 
 def report(folder: Path) -> dict[str, list[dict[str, Any]]]:
