@@ -16,7 +16,9 @@ import torch
 
 __all__ = ["MEMORY", "Job", "in_order"]
 
-MEMORY = 768 * 2**20  # bytes that jobs may take together, their results included until these are taken
+# Bytes that jobs may take together, their results included until these are taken: by the estimate of ``layer_memory``
+# three of a 70B model's largest layers, so that one is written while others are encoded.
+MEMORY = 1344 * 2**20
 MOST_WORKERS = 8
 T = TypeVar("T")
 
