@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Pipe
 from types import TracebackType
 from typing import Any
@@ -70,18 +72,14 @@ class Processes:
         ours, theirs = Pipe()
         self.channels.append(Channel(ours, name))
         # Ctrl-C goes to every process of a terminal; ours ends the workers, which never see it
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with theirs, _put_off(), _blocked(signal.SIGINT):
             child = subprocess.Popen(
                 [sys.executable, "-c", _CODE, str(theirs.fileno())],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
-        finally:
-            theirs.close()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._children.append(child)
+            self._children.append(child)
 
     def _end(self) -> None:
         """Kills what still runs: a worker holds nothing that it would have to put in order."""
@@ -91,3 +89,36 @@ class Processes:
             child.wait()
         for channel in self.channels:
             channel.close()
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """This thread does not get a signal meanwhile, nor does a process that it starts, ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _put_off() -> Iterator[None]:
+    """Python handles Ctrl-C and SIGTERM afterwards: its exception could come before a child is in anybody's hands.
+
+    Blocking them does not do: any thread may take them, and the exception comes in the main one all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no handler runs in it
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 
 from eqat_export import convert as convert_module
 from eqat_export.convert import convert
-from eqat_export.parallel import plan
+from eqat_export.parallel import plan, processes
 from eqat_export.parallel.channel import Channel
 from eqat_export.parallel.worker import serve
 from formats import available_formats, get_format_class
@@ -212,6 +213,28 @@ def test_a_signal_ends_every_process_and_leaves_nothing(
     assert "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
     assert not members(child.pid)
+
+
+@pytest.mark.parametrize("started", [1, 2])
+def test_a_signal_while_workers_start_leaves_none(monkeypatch: pytest.MonkeyPatch, started: int) -> None:
+    """Ctrl-C as soon as a worker exists, before its parent has got hold of it."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        children.append(subprocess.Popen(*arguments, **options))
+        if len(children) == started:
+            os.kill(os.getpid(), signal.SIGINT)
+        return children[-1]
+
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), processes.Processes(2, {}):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(children) == started
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * started
 
 
 def members(group: int) -> list[int]:
