@@ -1,6 +1,6 @@
 """Draws the pictures of docs/results.md from the rows that the benchmarks appended.
 
-    python benchmarks/plot.py [--results benchmarks/results] [--out docs/plots]
+    python -m benchmarks.plot [--results benchmarks/results] [--out docs/plots]
 
 Of rows that differ only in when they were made, the last one is drawn. Bars end at the median; whiskers are the 20th
 and 80th percentile. The black tick on a bar is what the device itself allows, measured in the same run: the bytes that

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["fused_modules"]
 
 PROBE_TOKENS = 3
-# The first that takes the arguments is used; cuDNN's is the fastest on Hopper (benchmarks/e2e_qp_step.py).
+# The first that takes the arguments is used; cuDNN's is the fastest on Hopper (benchmarks/loops/e2e_qp_step.py).
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

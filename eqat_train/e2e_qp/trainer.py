@@ -40,7 +40,7 @@ __all__ = ["Trainer"]
 # Seconds between two savings of the state.
 SAVE_SECONDS = 300
 # Tokens beyond which a larger micro-batch no longer makes the matmuls faster, and the fewest at which a smaller one
-# still costs less than recomputing (benchmarks/e2e_qp_step.py).
+# still costs less than recomputing (benchmarks/loops/e2e_qp_step.py).
 MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}
 FEWEST_TOKENS = 4096
 # Bytes that forward may keep for backward on a CPU; on a GPU it is a share of what is free.

@@ -8,7 +8,7 @@ from tiny_checkpoints import quantize_folder
 from tiny_models import save_tiny_model, tiny_config
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from benchmarks.scaling_tables import MODELS, PAGE, filled
+from benchmarks.scaling.tables import MODELS, PAGE, filled
 from eqat_train.costs.estimate import Work, block_seconds, disk, e2e_bytes, packed_bytes
 from eqat_train.costs.machine import H200
 from eqat_train.costs.shapes import ModelShape, block_shape, llama_shape, moe_shape
@@ -19,7 +19,7 @@ from formats import QuantScheme
 
 def test_the_tables_of_the_page_are_those_of_the_formulae() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert filled(page) == page, "python -m benchmarks.scaling_tables --write"
+    assert filled(page) == page, "python -m benchmarks.scaling.tables --write"
 
 
 def found(config: LlamaConfig | Qwen3MoeConfig) -> tuple[list[object], int]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.train_memory import block_weights, make_model, run_child
+from benchmarks.scaling.train_memory import block_weights, make_model, run_child
 
 HIDDEN, INTERMEDIATE, BLOCKS = 640, 2560, 12
 # Weight, gradient and two moments in fp32 are 16 bytes a weight; 4 are for everything else: scales and zero-points, the
