@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,13 +26,15 @@ def command(*arguments: object, **options: object) -> subprocess.CompletedProces
 
 
 def test_help_answers_in_half_a_second() -> None:
+    """Of a core's time: how many others use the cores is not the command's doing."""
     times = []
-    for _ in range(5):
-        began = time.perf_counter()
+    for _ in range(3):
+        began = os.times()
         outcome = command("--help")
-        times.append(time.perf_counter() - began)
+        ended = os.times()
+        times.append(ended.children_user + ended.children_system - began.children_user - began.children_system)
         assert outcome.returncode == 0
-    assert min(times) < 0.5
+    assert 0 < min(times) < 0.5, times
     for name in ("export", "verify", "inspect", "formats", "Exit codes"):
         assert name in outcome.stdout
 
