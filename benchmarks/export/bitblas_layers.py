@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import graph_times
 from eqat_export.runtimes.bitblas import BATCHES, Kernel, build_kernels
 from formats import QuantizedLinear, QuantScheme, dequantize, get_format
 
@@ -53,24 +53,7 @@ def kernel_for(layer: QuantizedLinear, batches: tuple[int, ...] | int) -> Kernel
 
 def microseconds(call: Callable[[], object]) -> float:
     """Median over replays of a CUDA graph of many calls, for one call."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(5):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / CALLS)
-    return statistics.median(times)
+    return graph_times([call] * CALLS, REPLAYS).p50
 
 
 def wrong_weights(run: Callable[[Tensor], Tensor], weight: Tensor, width: int, rows: int) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import graph_times
 from eqat_export.convert import convert
 from eqat_export.runtimes.humming import HummingSession
 from formats import QuantScheme, dequantize, get_format, round_to_nearest
@@ -165,35 +165,15 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def timed(call: Callable[[], Tensor]) -> float | None:
-    """``microseconds``, or None and the reason on stderr: figures already printed are worth keeping."""
+    """Median time of a call inside a CUDA graph of many, µs; or None and the reason on stderr: figures already printed
+    are worth keeping.
+    """
     try:
-        return microseconds(call)
+        with torch.inference_mode():
+            return graph_times([call] * CALLS, REPLAYS).p50
     except RuntimeError as error:
         print(f"not timed: {error}", file=sys.stderr, flush=True)
         return None
-
-
-def microseconds(call: Callable[[], Tensor]) -> float:
-    """Median time of a call inside a CUDA graph of ``CALLS`` of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.inference_mode():
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.inference_mode():
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / CALLS)
-    return statistics.median(times[5:])
 
 
 def versions() -> str:
